@@ -1,0 +1,51 @@
+"""Keep the results of finished runs in nbs/results, where the notebooks read them.
+
+    python nbs/site/collect.py toy runs/toy_seed0 runs/toy_seed1 ...
+
+writes nbs/results/toy.json (every run's IoU in per cent, by stage) and, from the first run,
+nbs/results/toy_example.png: a validation image and, below it, its label map and the networks' predictions as train ids.
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sac_lit.core import NAMES
+from sac_lit.datasets import cityscapes, normalize
+from sac_lit.deeplabv2 import SegmentationModel, upsample
+
+OUT = Path(__file__).parents[1] / "results"
+FOLDERS = {"abn": "model_abn", "sac": "model"}
+
+
+def last_scores(folder: Path) -> dict:
+    "{stage: {network: {miou, iou}}}: the last evaluation of each stage."
+    scores = {}
+    for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        if row["event"] == "evaluation": scores.setdefault(row["stage"], {})[row["network"]] = {"miou": row["miou"], "iou": row["iou"]}
+    return scores
+
+
+@torch.no_grad()
+def predictions(folder: Path, image: torch.Tensor) -> list[torch.Tensor]:
+    "Label maps that the run's networks give an image (3, H, W)."
+    models = [SegmentationModel.from_pretrained(folder / f).eval() for f in FOLDERS.values()]
+    return [upsample(m(normalize(image[None] / 255)), image.shape[-2:]).argmax(1)[0] for m in models]
+
+
+def main(name: str, *folders: str) -> None:
+    runs = {Path(f).name: json.loads((Path(f) / "config.json").read_text())["settings"] for f in folders}
+    result = {"classes": NAMES, "runs": [{"name": n, "seed": s["seed"], **last_scores(Path(f))} for (n, s), f in zip(runs.items(), folders)]}
+    OUT.mkdir(exist_ok=True)
+    (OUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    settings = next(iter(runs.values()))
+    sample = cityscapes(settings["data.target_root"], "val", size=settings["data.eval_size"])[3]
+    maps = [sample["label"], *predictions(Path(folders[0]), sample["image"])]
+    rows = [sample["image"].permute(1, 2, 0), *(m[..., None].expand(-1, -1, 3).byte() for m in maps)]
+    Image.fromarray(np.concatenate([np.asarray(r) for r in rows])).save(OUT / f"{name}_example.png", optimize=True)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
