@@ -1,0 +1,357 @@
+"""Reading GTA5, SYNTHIA and Cityscapes, with files that are not in order; the geometry of views; the order of images."""
+import itertools
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sac_lit.core import CLASSES, IGNORE_INDEX, UserError, generator
+from sac_lit.datasets import (COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, LAYOUTS, FileError, SegmentationDataset, StepSampler, cityscapes, cut,
+                              epoch_index, find_images, find_labels, gta5, matching_statistics, normalize, photometric_noise, random_box, source_view,
+                              synthia, target_views)
+from sac_lit.toy_city import render, write_dataset
+
+quick = settings(deadline=None, derandomize=True, max_examples=40)
+SIZE, COUNTS = (32, 64), {"train": 3, "val": 2}
+READERS = {"gta5": gta5, "synthia": synthia, "cityscapes": lambda root, **kw: cityscapes(root, "train", **kw)}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory):
+    root = tmp_path_factory.mktemp("city")
+    for layout in LAYOUTS: write_dataset(root/layout, layout, "target" if layout == "cityscapes" else "source", COUNTS, SIZE)
+    return root
+
+
+@pytest.fixture
+def gta(city, tmp_path):  # a copy that a test may damage
+    return shutil.copytree(city/"gta5", tmp_path/"gta5")
+
+
+def message(f, *args, **kwargs):
+    with pytest.raises(UserError) as caught: f(*args, **kwargs)
+    text = str(caught.value)
+    assert text and "\n" not in text and "Traceback" not in text
+    return text
+
+
+# ---------------------------------------------------------------- reading
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_written_is_read(city, layout):
+    dataset, domain = READERS[layout](city/layout), "target" if layout == "cityscapes" else "source"
+    assert len(dataset) == len(dataset.images) == len(dataset.labels) == (3 if layout == "cityscapes" else 5) and dataset.num_classes == 19
+    for i in range(3):
+        sample, (image, label) = dataset[i], render(domain, "train", i, SIZE)
+        assert sample["image"].dtype == sample["label"].dtype == torch.uint8 and sample["index"] == i
+        assert torch.equal(sample["image"], image) and torch.equal(sample["label"], label)
+
+
+def test_every_id_of_every_layout(tmp_path):
+    for layout, column in (("gta5", "cityscapes_id"), ("synthia", "synthia_id"), ("cityscapes", "cityscapes_id")):
+        known = sorted(LAYOUTS[layout].ids)
+        Image.fromarray(np.array([known], np.uint8)).save(tmp_path/"y.png")
+        Image.new("RGB", (len(known), 1)).save(tmp_path/"x.png")
+        read = SegmentationDataset([tmp_path/"x.png"], [tmp_path/"y.png"], LAYOUTS[layout].ids)[0]["label"][0].tolist()
+        classes = {getattr(c, column): i for i, c in enumerate(CLASSES)}
+        assert read == [classes.get(k, IGNORE_INDEX) for k in known]
+
+
+def test_grey_labels_of_8_and_16_bits_and_palettes_are_alike(tmp_path):
+    numbers = np.random.default_rng(0).integers(0, 34, (6, 8))
+    Image.new("RGB", (8, 6)).save(tmp_path/"x.png")
+    Image.fromarray(numbers.astype(np.uint8)).save(tmp_path/"l.png")
+    Image.fromarray(numbers.astype(np.uint16)).save(tmp_path/"i16.png")
+    palette = Image.fromarray(numbers.astype(np.uint8)).convert("P")
+    palette.putpalette([random.Random(0).randrange(256) for _ in range(768)])
+    palette.save(tmp_path/"p.png")
+    labels = [SegmentationDataset([tmp_path/"x.png"], [tmp_path/f"{name}.png"], LAYOUTS["cityscapes"].ids)[0]["label"] for name in ("l", "i16", "p")]
+    assert torch.equal(labels[0], labels[1]) and torch.equal(labels[0], labels[2])
+
+
+def test_images_of_other_modes_become_rgb(tmp_path):
+    Image.fromarray(np.full((4, 6), 77, np.uint8)).save(tmp_path/"grey.png")
+    Image.new("RGBA", (6, 4), (1, 2, 3, 4)).save(tmp_path/"alpha.png")
+    dataset = SegmentationDataset([tmp_path/"grey.png", tmp_path/"alpha.png"], None, {})
+    assert dataset[0]["image"].unique().tolist() == [77] and dataset[1]["image"][:, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_resizing_once(city):
+    small, whole = gta5(city/"gta5", size=(16, 16))[0], gta5(city/"gta5")[0]
+    assert small["image"].shape == (3, 16, 16) and small["label"].shape == (16, 16)
+    assert torch.equal(small["label"], whole["label"][1::2, 2::4])  # the centres of the cells
+    assert (cut(whole["image"].float(), (0, 0, *SIZE), (16, 16)) - small["image"]).abs().max() <= 1
+
+
+def test_no_label_file_is_opened_without_labels(city, tmp_path):
+    root = shutil.copytree(city/"cityscapes", tmp_path/"cityscapes")
+    for path in (root/"gtFine").rglob("*.png"): path.write_bytes(b"not to be read")
+    assert sorted(cityscapes(root, "train", labels=False)[0]) == ["image", "index"]
+    shutil.rmtree(root/"gtFine")
+    assert len(cityscapes(root, "val", labels=False)) == 2
+    assert "2 of 2" in message(cityscapes, root, "val")
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    for name in ("a", "b"):
+        for folder, mode in (("photos", "RGB"), ("masks", "L")): (tmp_path/folder).mkdir(exist_ok=True); Image.new(mode, (5, 4)).save(tmp_path/folder/f"{name}.png")
+    (tmp_path/"photos/._a.png").write_bytes(b"what some archivers leave")
+    images = find_images(tmp_path, "photos/*.png")
+    dataset = SegmentationDataset(images, find_labels(tmp_path, images, "photos/*.png", "masks/*.png"), {0: 1}, num_classes=2)
+    assert len(dataset) == 2 and dataset[1]["label"].unique().tolist() == [1] and dataset.num_classes == 2
+
+
+# ---------------------------------------------------------------- folders and files that are not in order
+
+def test_folders(city, tmp_path):
+    assert "no such folder" in message(gta5, tmp_path/"nowhere")
+    (tmp_path/"empty").mkdir()
+    assert "holds nothing" in message(synthia, tmp_path/"empty")
+    (tmp_path/"file").write_text("")
+    assert "not a folder" in message(gta5, tmp_path/"file")
+    for given_layout, wanted in itertools.permutations(LAYOUTS, 2):
+        text = message(READERS[wanted], city/given_layout)
+        assert f"the layout of {given_layout}" in text and str(city/given_layout) in text and LAYOUTS[wanted].images.split("/")[0] in text
+    assert "train/, val/" in message(cityscapes, city/"cityscapes", "valid")
+    assert "cityscapes/, gta5/, synthia/" in message(gta5, city)
+
+
+def test_image_without_label(gta):
+    (gta/"labels/00002.png").unlink()
+    text = message(gta5, gta)
+    assert str(gta/"images/00002.png") in text and str(gta/"labels/00002.png") in text and "1 of 5" in text
+
+
+def test_label_without_image_is_no_concern(gta):
+    (gta/"images/00002.png").unlink()
+    assert len(gta5(gta)) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unknown_label_values(city, layout, tmp_path):
+    dataset = READERS[layout](city/layout)
+    y = np.zeros(SIZE, np.uint8)
+    y[3, 5], y[4] = 77, 99
+    Image.fromarray(y).save(tmp_path/"y.png")
+    dataset.labels[1] = tmp_path/"y.png"
+    text = message(dataset.__getitem__, 1)
+    assert "77, 99," in text and str(tmp_path/"y.png") in text and {"gta5": "0-34, 255", "synthia": "0-22", "cityscapes": "0-33, 255"}[layout] in text
+
+
+def test_a_large_number_is_not_taken_for_its_low_byte(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path/"x.png")
+    Image.fromarray(np.full((4, 4), 256 + 7, np.uint16)).save(tmp_path/"y.png")
+    assert "263" in message(SegmentationDataset([tmp_path/"x.png"], [tmp_path/"y.png"], LAYOUTS["gta5"].ids).__getitem__, 0)
+
+
+def test_sizes_that_differ(gta):
+    Image.new("L", (64, 30), 7).save(gta/"labels/00001.png")
+    for size in (None, (16, 16)):  # resizing must not hide it
+        text = message(gta5(gta, size).__getitem__, 0)
+        assert "64 x 30" in text and "64 x 32" in text and str(gta/"labels/00001.png") in text and str(gta/"images/00001.png") in text
+
+
+@pytest.mark.parametrize("folder", ["images", "labels"])
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"<html>404</html>", "half", "all but the end"])
+def test_truncated_or_foreign_file(gta, folder, content):
+    path = gta/folder/"00003.png"
+    whole = path.read_bytes()
+    path.write_bytes({"half": whole[:len(whole) // 2], "all but the end": whole[:-30]}.get(content, content) if isinstance(content, str) else content)
+    assert str(path) in message(gta5(gta).__getitem__, 2)
+
+
+def test_file_that_is_gone(gta):
+    dataset = gta5(gta)
+    (gta/"images/00001.png").unlink()
+    assert "no such file" in message(dataset.__getitem__, 0)
+
+
+@pytest.mark.parametrize("layout", ["gta5", "synthia"])
+def test_damaged_bytes_raise_a_file_error_or_nothing(city, layout, tmp_path):
+    dataset, dice = READERS[layout](city/layout), random.Random(0)
+    for files, _ in itertools.product((dataset.images, dataset.labels), range(120)):
+        whole, data = files[0], bytearray(files[0].read_bytes())
+        for _ in range(dice.randint(1, 4)): data[dice.randrange(len(data))] = dice.randrange(256)
+        (tmp_path/"damaged.png").write_bytes(data)
+        files[0] = tmp_path/"damaged.png"
+        try: dataset[0]
+        except FileError as e: assert "damaged.png" in str(e) and "\n" not in str(e)
+        files[0] = whole
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_sentence_survives_workers(gta, workers):
+    (gta/"labels/00004.png").write_bytes(b"")
+    dataset = gta5(gta)
+    text = message(list, DataLoader(dataset, batch_size=2, num_workers=workers))
+    assert text == message(dataset.__getitem__, 3) and text.startswith(str(gta))
+
+
+# ---------------------------------------------------------------- workers, processes, resuming
+
+def test_workers_do_not_matter(city):
+    dataset = synthia(city/"synthia", size=(16, 32))
+    sampler = lambda: StepSampler(0, 4, range(3), lambda step, slot: epoch_index(1, "sac", step, slot, 3, len(dataset)))
+    runs = [list(DataLoader(dataset, batch_sampler=sampler(), num_workers=n)) for n in (0, 1, 3)]
+    for batches in zip(*runs):
+        for k in ("image", "label", "index"): assert torch.equal(batches[0][k], batches[1][k]) and torch.equal(batches[0][k], batches[2][k])
+
+
+@quick
+@given(st.integers(1, 12), st.integers(5, 40), st.integers(0, 9), st.integers(0, 5))
+def test_order_of_images(batch, n, step, seed):
+    pick = lambda step, slot: epoch_index(seed, "abn", step, slot, batch, n)
+    walk = [pick(k, slot) for k in range(-(-2 * n // batch)) for slot in range(batch)]
+    for epoch in range(2): assert sorted(walk[epoch * n:(epoch + 1) * n]) == list(range(n))
+    batches = list(StepSampler(0, step + 3, range(batch), pick))
+    assert list(StepSampler(step, step + 3, range(batch), pick)) == batches[step:] and len(StepSampler(step, step + 3, range(batch), pick)) == 3
+    for P in (p for p in range(1, batch + 1) if batch % p == 0):
+        shares = [list(StepSampler(0, step + 3, range(p * batch // P, (p + 1) * batch // P), pick)) for p in range(P)]
+        assert [sum(parts, []) for parts in zip(*shares)] == batches
+
+
+def test_streams_and_epochs_have_their_own_order():
+    order = lambda seed, stage, epoch: [epoch_index(seed, stage, epoch, slot, 50, 50) for slot in range(50)]
+    orders = [order(*key) for key in ((0, "abn", 0), (0, "abn", 1), (0, "sac", 0), (1, "abn", 0))]
+    assert all(a != b for a, b in itertools.combinations(orders, 2)) and orders[0] == order(0, "abn", 0)
+
+
+# ---------------------------------------------------------------- geometry
+
+@st.composite
+def cuts(draw):
+    H, W, h, w = (draw(st.integers(2, 12)) for _ in range(4))
+    height, width = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    return (H, W), (draw(st.integers(1 - height, H - 1)), draw(st.integers(1 - width, W - 1)), height, width), (h, w), draw(st.booleans())
+
+
+@quick
+@given(cuts(), st.sampled_from([0., .45, 2.]))
+def test_cut_is_pad_crop_and_pillows_resize(case, fill):
+    (H, W), (top, left, height, width), size, flip = case
+    x = torch.rand(1, H, W, generator=generator(0, H, W))
+    wide = np.full((H + 40, W + 40), fill, np.float32)
+    wide[20:20 + H, 20:20 + W] = x[0]
+    part = Image.fromarray(wide[20 + top:20 + top + height, 20 + left:20 + left + width])
+    slow = np.asarray(part.resize(size[::-1], Image.BILINEAR))
+    assert np.abs(cut(x, (top, left, height, width), size, flip, fill=fill)[0].numpy() - (slow[:, ::-1] if flip else slow)).max() < 1e-5
+    nearest = np.asarray([[part.getpixel((int((j + .5) * width / size[1]), int((i + .5) * height / size[0]))) for j in range(size[1])] for i in range(size[0])])
+    assert np.array_equal(cut(x, (top, left, height, width), size, flip, "nearest", fill)[0].numpy(), (nearest[:, ::-1] if flip else nearest).astype(np.float32))
+
+
+def test_cut_fills_each_channel_and_refuses_boxes_outside():
+    out = cut(torch.ones(3, 4, 4), (-4, 0, 8, 4), (8, 4), fill=(.1, .2, .3))
+    assert torch.allclose(out[:, :4], torch.tensor([.1, .2, .3])[:, None, None].expand(3, 4, 4)) and (out[:, 4:] == 1).all()
+    for box in ((4, 0, 2, 2), (-3, 0, 3, 2), (0, 9, 1, 1)):
+        with pytest.raises(ValueError, match="outside"): cut(torch.ones(1, 4, 4), box, (2, 2))
+
+
+@quick
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+def test_random_box_is_inside_or_around(height, width, key):
+    top, left, h, w = random_box(generator(key), height, width, (9, 13))
+    assert (h, w) == (height, width)
+    for start, n, frame in ((top, h, 9), (left, w, 13)): assert 0 <= start <= frame - n if n <= frame else frame - n <= start <= 0
+
+
+@quick
+@given(st.integers(0, 99), st.sampled_from([(.5, 1.), (.5, 2.), (1., 2.), (.1, .2)]))
+def test_source_image_and_label_move_together(key, scale):
+    blocks = torch.arange(8, dtype=torch.uint8).repeat_interleave(8).expand(32, 64)  # vertical stripes; the image says the label
+    image = (blocks * 30)[None].expand(3, -1, -1)
+    x, y = source_view(image, blocks, generator(key), (32, 64), scale, fill=[1.] * 3)
+    assert x.shape == (3, 32, 64) and y.shape == (32, 64) and y.dtype == torch.int64 and 0 <= x.min() and x.max() <= 1
+    inside = y != IGNORE_INDEX
+    assert inside.any()
+    agree = (x[0] * 255 / 30).round().long() == y
+    steady = torch.nn.functional.max_pool2d(y[None, None].float(), 5, 1, 2)[0, 0] == -torch.nn.functional.max_pool2d(-y[None, None].float(), 5, 1, 2)[0, 0]
+    assert agree[inside & steady].all() and (x[:, ~inside & steady] > .99).all()
+
+
+def test_padding_is_zero_after_normalising():
+    image, label = render("source", "train", 0, SIZE)
+    mean, std = matching_statistics("gta5")
+    x, y = source_view(image, label, generator(3), (64, 128), (.25, .25), fill=mean, jitter=.5)
+    rows, columns = (y != IGNORE_INDEX).any(1).nonzero(), (y != IGNORE_INDEX).any(0).nonzero()
+    outside = torch.ones(64, 128, dtype=torch.bool)
+    outside[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3] = False
+    assert outside.any() and normalize(x, mean, std)[:, outside].abs().max() < 1e-5
+
+
+def test_matching_statistics():
+    for name, (mean_s, std_s) in COLOR_STATISTICS.items():
+        mean, std = matching_statistics(name)
+        pixels = torch.randn(3, 100, 200, generator=generator(0)) * torch.tensor(std_s)[:, None, None] + torch.tensor(mean_s)[:, None, None]
+        ours, (mean_t, std_t) = normalize(pixels, mean, std), COLOR_STATISTICS["cityscapes"]
+        assert torch.allclose(ours.mean((1, 2)), (torch.tensor(mean_t) - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD), atol=.03)
+        assert torch.allclose(ours.std((1, 2)), torch.tensor(std_t) / torch.tensor(IMAGENET_STD), atol=.03)
+
+
+# ---------------------------------------------------------------- the batch of views
+
+@quick
+@given(st.integers(0, 9999), st.integers(0, 4))
+def test_group_of_views(key, crops):
+    image, size = render("target", "demo", 0, SIZE)[0], (24, 48)
+    views, boxes, flips = target_views(image, generator(key), size, crops)
+    assert views.shape == (crops + 1, 3, *size) and boxes.shape == (crops + 1, 4) and boxes.dtype == torch.int64 and flips.shape == (crops + 1,) and flips.dtype == torch.bool
+    top, left, height, width = boxes.unbind(1)
+    assert boxes[0].tolist() == [0, 0, *size] and (top >= 0).all() and (left >= 0).all() and (top + height <= 24).all() and (left + width <= 48).all()
+    assert (height >= 12).all() and (width >= 24).all() and ((width - 2 * height).abs() <= 2).all()  # the aspect ratio, to rounding
+    canvas = views[0].flip(-1) if flips[0] else views[0]
+    for view, box, flip in zip(views, boxes, flips): assert torch.equal(view, cut(canvas, box, size, flip))
+    again = target_views(image, generator(key), size, crops)
+    assert torch.equal(views, again[0]) and torch.equal(boxes, again[1]) and torch.equal(flips, again[2])
+
+
+def test_frequencies_of_the_draws():
+    image, n = torch.zeros(3, 16, 32, dtype=torch.uint8), 800
+    image[:, :, :16] = 255
+    groups = [target_views(image, generator(0, k), (16, 32), 1, joint_scale=(1., 1.)) for k in range(n)]
+    flips = torch.stack([f for _, _, f in groups]).float()
+    assert ((flips.mean(0) - .5).abs() < .07).all() and abs(torch.corrcoef(flips.T)[0, 1]) < .1
+    joint = torch.tensor([(v[0, 0, 0, 0] > .5) != f[0] for v, _, f in groups]).float().mean()  # white on the left: not mirrored
+    assert abs(joint - .5) < .07
+    heights = torch.stack([b[1, 2] for _, b, _ in groups]).float()
+    assert abs(heights.mean() - 12) < .4 and heights.min() == 8 and heights.max() == 16
+
+
+def test_noise_leaves_geometry_alone_and_draws_by_its_key():
+    view = render("target", "demo", 0, SIZE)[0] / 255
+    off = dict(p_blur=0., p_jitter=0., p_grey=0.)
+    assert torch.equal(photometric_noise(view, generator(0), **off), view)
+    for k in range(10):
+        out = photometric_noise(view, generator(0, k))
+        assert out.shape == view.shape and 0 <= out.min() and out.max() <= 1 + 1e-6 and torch.equal(out, photometric_noise(view, generator(0, k)))
+    ramp = torch.linspace(0, 1, 64).expand(3, 32, 64)
+    blurred = photometric_noise(ramp, generator(0), (2., 2.), p_jitter=0., p_grey=0.)
+    assert (blurred - ramp)[..., 8:-8].abs().max() < 1e-5  # a blur moves no slope
+    grey = photometric_noise(view, generator(0), **{**off, "p_grey": 1.})
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+    changed = torch.tensor([not torch.equal(photometric_noise(view, generator(0, k), **{**off, "p_jitter": .5}), view) for k in range(150)])
+    assert abs(changed.float().mean() - .5) < .15
+
+
+def test_no_draw_touches_the_global_generator():
+    image, label = render("source", "demo", 0, SIZE)
+    before = torch.get_rng_state()
+    source_view(image, label, generator(0), (16, 32), jitter=.5)
+    photometric_noise(target_views(image, generator(0), (16, 32))[0][0], generator(1), p_jitter=1.)
+    epoch_index(0, "sac", 5, 1, 4, 10)
+    assert torch.equal(before, torch.get_rng_state())
