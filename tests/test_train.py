@@ -1,0 +1,149 @@
+"""The main job through its real command line, in a small size: end to end, again, killed and resumed, and with bad input."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SMALL = ("--data.toy-train 6 --data.toy-val 3 --data.toy-size 32 64 --abn.steps 6 --abn.source-batch 2 --abn.target-batch 2 --abn.crop 32 64 "
+         "--sac.steps 6 --sac.source-batch 2 --sac.groups 2 --sac.num-crops 1 --sac.crop 32 64 --log-every 2 --eval-every 3 --checkpoint-every 2").split()
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+
+
+def train(cwd, *args, launch=("-m", "sac_lit.train")):
+    return subprocess.run([sys.executable, *launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def weights(cwd, name="toy", folder="model"):
+    return load_file(cwd / "runs" / name / folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A folder in which the small job has run once."
+    cwd = tmp_path_factory.mktemp("job")
+    done = train(cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done.stdout
+
+
+def test_main_job(finished):
+    cwd, out = finished
+    run = cwd / "runs" / "toy"
+    assert re.search(r"^IoU in % +ABN +SAC$", out, re.M) and re.search(r"^mean +\d+\.\d +\d+\.\d$", out, re.M)
+    for name in ("config.json", "log.jsonl", "report.html", "class_frequency.safetensors", "model/config.json", "model_abn/model.safetensors",
+                 "momentum/model.safetensors", "figures/curves.png", "figures/pseudo_labels.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert not list(run.rglob("*.tmp")) and not list((run / "checkpoints").glob("*"))
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 4 and not re.search(r'(src|href)="(?!data:)', page)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["event"] == "step" and r["stage"] == "sac"] == [2, 4, 6]
+    assert {r["network"] for r in rows if r["event"] == "evaluation"} == {"student", "momentum"}
+
+
+def test_saved_network_predicts(finished):
+    from sac_lit.deeplabv2 import SegmentationModel
+    cwd, _ = finished
+    model = SegmentationModel.from_pretrained(cwd / "runs" / "toy" / "model").eval()
+    assert model(torch.zeros(1, 3, 32, 64)).shape[1] == 19
+
+
+def test_same_command_again_does_nothing_again(finished):
+    cwd, _ = finished
+    log = (cwd / "runs" / "toy" / "log.jsonl").read_bytes()
+    again = train(cwd)
+    assert again.returncode == 0 and "mean" in again.stdout
+    assert (cwd / "runs" / "toy" / "log.jsonl").read_bytes() == log
+
+
+def test_accelerate_launch_and_workers_give_the_same_network(finished):
+    cwd, _ = finished
+    done = train(cwd, "--name", "launched", "--data.workers", "2", launch=("-m", "accelerate.commands.launch", "-m", "sac_lit.train"))
+    assert done.returncode == 0, done.stderr
+    assert same(weights(cwd), weights(cwd, "launched"))
+
+
+def test_killed_and_started_again_gives_the_same_network(finished):
+    cwd, _ = finished
+    process = subprocess.Popen([sys.executable, "-m", "sac_lit.train", "toy", *SMALL, "--name", "killed"], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL)
+    checkpoints = cwd / "runs" / "killed" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("*")): time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = train(cwd, "--name", "killed")
+    assert done.returncode == 0, done.stderr
+    assert same(weights(cwd), weights(cwd, "killed")) and same(weights(cwd, folder="momentum"), weights(cwd, "killed", "momentum"))
+    drop = lambda name: [r for r in map(json.loads, open(cwd / "runs" / name / "log.jsonl")) if r["event"] != "stage"]
+    assert drop("toy") == drop("killed")
+
+
+def test_fresh_starts_over(finished):
+    cwd, _ = finished
+    for args in (("--name", "again"), ("--name", "again", "--seed", "1", "--fresh")):
+        assert train(cwd, *args, "--stages", "abn").returncode == 0
+    assert json.loads((cwd / "runs" / "again" / "config.json").read_text())["settings"]["seed"] == 1
+
+
+def test_yardsticks(finished):
+    cwd, _ = finished
+    done = train(cwd, "--name", "all", "--stages", "source", "abn", "sac", "oracle")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^IoU in % +source only +ABN +SAC +oracle$", done.stdout, re.M)
+    assert same(weights(cwd), weights(cwd, "all"))
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--name", "toy", "--sac.lr", "0.5"], ["runs/toy", "sac.lr", "--fresh"]),
+    (["--name", "e1", "--stages", "sac"], ["model_abn", "--stages"]),
+    (["--name", "e2", "--data.no-toy", "--data.source-root", "nowhere"], ["nowhere"]),
+    (["--name", "e3", "--data.no-toy", "--data.target-root", "data/toy_city/source"], ["data/toy_city/source"]),
+    (["--name", "e4", "--data.toy-seed", "5"], ["data/toy_city/source"]),
+])
+def test_bad_input_is_one_sentence(finished, args, words):
+    done = train(finished[0], *args)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(w in lines[0] for w in words), lines[0]
+
+
+@pytest.mark.parametrize("args", [["no_such_preset"], ["toy", "--no-such-option", "1"], ["toy", "--sac.lr", "fast"]])
+def test_bad_command_line(tmp_path, args):
+    done = subprocess.run([sys.executable, "-m", "sac_lit.train", *args], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert any(a.lstrip("-") in done.stderr + done.stdout for a in args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_image_keeps_the_run(finished):
+    cwd, _ = finished
+    image = sorted((cwd / "data" / "toy_city" / "target" / "leftImg8bit" / "val").rglob("*.png"))[0]
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    try: done = train(cwd, "--name", "damaged", "--stages", "abn")
+    finally: image.write_bytes(whole)
+    assert done.returncode == 2 and image.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert train(cwd, "--name", "damaged", "--stages", "abn").returncode == 0
+    assert same(weights(cwd, folder="model_abn"), weights(cwd, "damaged", "model_abn"))
+
+
+def test_help_lists_presets(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "--help"], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "toy_long" in done.stdout.replace("-", "_")
+
+
+def test_batch_that_processes_cannot_share(finished):
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m sac_lit.train".split()
+    done = train(finished[0], "--name", "odd", "--abn.source-batch", "3", launch=launch)
+    assert done.returncode != 0 and "--abn.source-batch 3" in done.stderr and "multiple of 2" in done.stderr
