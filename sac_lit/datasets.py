@@ -41,18 +41,19 @@ LAYOUTS = {
     "synthia": Layout("RGB/*.png", "GT/LABELS/*.png", id_table("synthia_id", range(23))),
     "cityscapes": Layout("leftImg8bit/*/*/*_leftImg8bit.png", "gtFine/*/*/*_gtFine_labelIds.png", id_table("cityscapes_id", [*range(34), 255]))}
 
-# %% ../nbs/01_datasets.ipynb #1a10d7cb
+# %% ../nbs/01_datasets.ipynb #c6bd3665
 class FileError(UserError):
     "A `UserError` about a file of a data set, which keeps its one sentence when a `DataLoader` worker raises it."
     def __init__(self,
-                 text: str):  # the sentence, or a traceback that ends with it
-        super().__init__(text.rpartition("FileError: ")[2].strip())
+                 text: str):  # the sentence, or a worker's report that ends with it
+        if text.startswith("Caught FileError in "): text = text.strip().rpartition("\n")[2].partition("FileError: ")[2]
+        super().__init__(text)
 
-# %% ../nbs/01_datasets.ipynb #2548ea67
+# %% ../nbs/01_datasets.ipynb #71647663
 def open_image(path: Path,
                low_byte=False,  # of 16-bit colour channels, keep the low byte instead of the high one
               ) -> Image.Image:
-    "A decoded image file. Raises `FileError` where it is missing, truncated or no image."
+    "A decoded image file. Raises `FileError` where it is missing, out of reach, truncated or no image."
     try:
         with Image.open(path) as picture:
             if low_byte: picture.tile = [t._replace(args="RGB;16L") if t.args == "RGB;16B" else t for t in picture.tile]
@@ -61,6 +62,7 @@ def open_image(path: Path,
     except FileNotFoundError: raise FileError(f"{path}: no such file any more; restore it and start again") from None
     except UnidentifiedImageError: raise FileError(f"{path}: is no image; replace it, for example from its archive") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if getattr(e, "errno", None): raise FileError(f"{path}: cannot be read ({e.strerror}); check its permissions and its disk") from None
         raise FileError(f"{path}: is damaged ({e}); replace it, for example from its archive") from None
 
 # %% ../nbs/01_datasets.ipynb #40f6f57c
@@ -107,7 +109,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         edges = np.flatnonzero(np.diff(self.table >= 0, prepend=False, append=False))  # where runs of known numbers begin and end
         return ", ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in zip(edges[::2], edges[1::2]))
 
-# %% ../nbs/01_datasets.ipynb #5723ab87
+# %% ../nbs/01_datasets.ipynb #ff7d4a8a
 def nothing_found(root: Path, pattern: str) -> str:
     "One sentence on why there are no images at `pattern` below `root`."
     advice = f"give the folder that holds {pattern}"
@@ -130,8 +132,8 @@ def find_images(root: Path, pattern: str) -> list[Path]:
 def find_labels(root: Path, images: list[Path], pattern: str, label_pattern: str) -> list[Path]:
     "The label file of each image. Raises `UserError` where one is missing."
     stars = re.compile(re.escape(pattern).replace(r"\*", "([^/]*)"))
-    label_of = lambda image: root/label_pattern.replace("*", "{}").format(*stars.fullmatch(image.relative_to(root).as_posix()).groups())
-    labels, there = [label_of(p) for p in images], set(root.glob(label_pattern))
+    matched = (iter(stars.fullmatch(p.relative_to(root).as_posix()).groups()) for p in images)
+    labels, there = [root/re.sub(r"\*", lambda _: next(texts), label_pattern) for texts in matched], set(root.glob(label_pattern))
     missing = [pair for pair in zip(images, labels) if pair[1] not in there]
     if missing:
         raise UserError(f"{missing[0][0]}: its label {missing[0][1]} is missing ({len(missing)} of {len(images)} images have none); add the labels or remove the images")

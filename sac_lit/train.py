@@ -8,7 +8,7 @@ __all__ = ['TOY_DATA', 'TOY', 'PRESETS', 'READERS', 'MODEL_FOLDER', 'TITLES', 'P
            'walk', 'source_batch', 'target_batch', 'evaluate', 'log_evaluation', 'build_optimizer', 'set_lr',
            'save_checkpoint', 'checkpoints', 'load_checkpoint', 'run_stage', 'forget_after', 'supervised_steps',
            'target_frequencies', 'sac_steps', 'finish', 'load_stage', 'train_supervised', 'train_sac', 'results',
-           'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
+           'result_rows', 'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
            'figure_of_pseudo_labels', 'html_table', 'write_report', 'train', 'main']
 
 # %% ../nbs/09_train.ipynb #4dde023b
@@ -434,7 +434,7 @@ def train_sac(run: Run, data: dict):
         figure_of_pseudo_labels(run, teacher, prior, data["target"])
     return network
 
-# %% ../nbs/09_train.ipynb #bd6300b3
+# %% ../nbs/09_train.ipynb #11d5e4a0
 TITLES = {"source": "source only", "abn": "ABN", "sac": "SAC", "oracle": "oracle"}
 
 def results(run: Run) -> dict[str, dict]:
@@ -442,14 +442,17 @@ def results(run: Run) -> dict[str, dict]:
     rows = {stage: run.rows(event="evaluation", stage=stage, network="student") for stage in TITLES}
     return {TITLES[stage]: found[-1] for stage, found in rows.items() if found}
 
+def result_rows(run: Run) -> list[list]:
+    "The table of results: a header, a row for each class, and the mean; with what SAC gained over ABN."
+    columns = {title: [*r["iou"], r["miou"]] for title, r in results(run).items()}
+    if {"ABN", "SAC"} <= columns.keys():
+        columns["gain"] = [None if a is None or b is None else b - a for a, b in zip(columns["ABN"], columns["SAC"])]
+    return [["IoU in %", *columns], *map(list, zip([*NAMES, "mean"], *columns.values()))]
+
 def result_table(run: Run) -> str:
-    "IoU of every class and the mean, one column a stage, as text."
-    found = results(run)
-    cell = lambda x: f"{x:12.1f}" if x is not None else f"{'-':>12}"
-    lines = [f"{'IoU in %':14}" + "".join(f"{t:>12}" for t in found)]
-    for c, name in enumerate(NAMES): lines.append(f"{name:14}" + "".join(cell(r["iou"][c]) for r in found.values()))
-    lines.append(f"{'mean':14}" + "".join(cell(r["miou"]) for r in found.values()))
-    return "\n".join(lines)
+    "The table of results as text."
+    cell = lambda x: x if isinstance(x, str) else "-" if x is None else f"{x:.1f}"
+    return "\n".join(f"{first:14}" + "".join(f"{cell(x):>12}" for x in rest) for first, *rest in result_rows(run))
 
 # %% ../nbs/09_train.ipynb #01304540
 def save_figure(run: Run, name: str) -> None:
@@ -508,7 +511,7 @@ def figure_of_pseudo_labels(run: Run, teacher: MomentumNetwork, prior: ClassPrio
     class_legend()
     save_figure(run, "pseudo_labels")
 
-# %% ../nbs/09_train.ipynb #e3f083fa
+# %% ../nbs/09_train.ipynb #7620ffc5
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 :root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }}
 img {{ width: 100%; background: white; border-radius: 4px }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
@@ -523,11 +526,10 @@ CAPTIONS = {"classes": "Intersection over union by class, on the target's valida
 
 def html_table(run: Run) -> str:
     "The table of results as HTML."
-    found = results(run)
-    cell = lambda x: f"<td>{x:.1f}</td>" if x is not None else "<td>–</td>"
-    head = "<tr><th>IoU in %</th>" + "".join(f"<th>{t}</th>" for t in found) + "</tr>"
-    rows = [f"<tr><td>{name}</td>" + "".join(cell(r["iou"][c]) for r in found.values()) + "</tr>" for c, name in enumerate(NAMES)]
-    return f"<table>{head}{''.join(rows)}<tr><td>mean</td>{''.join(cell(r['miou']) for r in found.values())}</tr></table>"
+    cell = lambda x: f"<td>{'–' if x is None else f'{x:.1f}'}</td>"
+    head, *rows = result_rows(run)
+    lines = [f"<tr><td>{name}</td>{''.join(map(cell, values))}</tr>" for name, *values in rows]
+    return f"<table><tr>{''.join(f'<th>{t}</th>' for t in head)}</tr>{''.join(lines)}</table>"
 
 def write_report(run: Run, val: SegmentationDataset) -> Path:
     "Draw all figures and write report.html, which needs no other file."

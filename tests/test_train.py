@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 def test_main_job(finished):
     cwd, out = finished
     run = cwd / "runs" / "toy"
-    assert re.search(r"^IoU in % +ABN +SAC$", out, re.M) and re.search(r"^mean +\d+\.\d +\d+\.\d$", out, re.M)
+    assert re.search(r"^IoU in % +ABN +SAC +gain$", out, re.M) and re.search(r"^mean +\d+\.\d +\d+\.\d +-?\d+\.\d$", out, re.M)
     for name in ("config.json", "log.jsonl", "report.html", "class_frequency.safetensors", "model/config.json", "model_abn/model.safetensors",
                  "momentum/model.safetensors", "figures/curves.png", "figures/pseudo_labels.png"):
         assert (run / name).stat().st_size > 0, name
@@ -99,7 +99,7 @@ def test_yardsticks(finished):
     cwd, _ = finished
     done = train(cwd, "--name", "all", "--stages", "source", "abn", "sac", "oracle")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^IoU in % +source only +ABN +SAC +oracle$", done.stdout, re.M)
+    assert re.search(r"^IoU in % +source only +ABN +SAC +oracle +gain$", done.stdout, re.M)
     assert same(weights(cwd), weights(cwd, "all"))
 
 
