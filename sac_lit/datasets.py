@@ -109,7 +109,7 @@ class SegmentationDataset(torch.utils.data.Dataset):
         edges = np.flatnonzero(np.diff(self.table >= 0, prepend=False, append=False))  # where runs of known numbers begin and end
         return ", ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in zip(edges[::2], edges[1::2]))
 
-# %% ../nbs/01_datasets.ipynb #ff7d4a8a
+# %% ../nbs/01_datasets.ipynb #8ef7b305
 def nothing_found(root: Path, pattern: str) -> str:
     "One sentence on why there are no images at `pattern` below `root`."
     advice = f"give the folder that holds {pattern}"
@@ -132,8 +132,9 @@ def find_images(root: Path, pattern: str) -> list[Path]:
 def find_labels(root: Path, images: list[Path], pattern: str, label_pattern: str) -> list[Path]:
     "The label file of each image. Raises `UserError` where one is missing."
     stars = re.compile(re.escape(pattern).replace(r"\*", "([^/]*)"))
-    matched = (iter(stars.fullmatch(p.relative_to(root).as_posix()).groups()) for p in images)
-    labels, there = [root/re.sub(r"\*", lambda _: next(texts), label_pattern) for texts in matched], set(root.glob(label_pattern))
+    texts_of = lambda image: iter(stars.fullmatch(image.relative_to(root).as_posix()).groups())
+    label_of = lambda image: root/re.sub(r"\*", lambda _, texts=texts_of(image): next(texts), label_pattern)
+    labels, there = [label_of(p) for p in images], set(root.glob(label_pattern))
     missing = [pair for pair in zip(images, labels) if pair[1] not in there]
     if missing:
         raise UserError(f"{missing[0][0]}: its label {missing[0][1]} is missing ({len(missing)} of {len(images)} images have none); add the labels or remove the images")

@@ -120,7 +120,7 @@ class Config:
     checkpoint_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints kept
 
-# %% ../nbs/09_train.ipynb #6fc9284b
+# %% ../nbs/09_train.ipynb #71c93613
 TOY_DATA = DataConfig(source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
                       workers=0, toy=True, toy_size=(96, 192))
 TOY = Config(
@@ -130,8 +130,9 @@ TOY = Config(
                   loss=SelfSupervision(zeta=.75, beta=1e-2, floor=.2, target_weight=2.)))
 PRESETS = {
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
-    "toy_long": ("The toy city with more steps: an hour on two cores, minutes on a GPU.",
-                 dataclasses.replace(TOY, name="toy_long", eval_every=1000, abn=dataclasses.replace(TOY.abn, steps=2000), sac=dataclasses.replace(TOY.sac, steps=6000, period=4))),
+    "toy_long": ("The toy city with five times the SAC steps and a slower momentum network.",
+                 dataclasses.replace(TOY, name="toy_long", eval_every=1000, checkpoint_every=500,
+                                     abn=dataclasses.replace(TOY.abn, steps=1200), sac=dataclasses.replace(TOY.sac, steps=5000, period=4))),
 }
 
 # %% ../nbs/09_train.ipynb #dbd669e5

@@ -4,6 +4,7 @@ from fractions import Fraction
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torchvision.transforms.v2.functional import resized_crop
 
 from sac_lit.core import generator
 from sac_lit.crop_fusion import POOLS, crop_theta, fuse, invert_theta, warp
@@ -85,6 +86,19 @@ def test_boxes_of_whole_pixels_are_cut_and_pasted_exactly(frame, seed, mode):
     pasted = torch.zeros_like(x)
     pasted[..., top:top + height, left:left + width] = inside
     torch.testing.assert_close(warp(cut, invert_theta(theta), size, mode), pasted, atol=1e-5, rtol=0)
+
+
+@quick
+@given(st.integers(8, 24), st.integers(8, 24), seeds, st.booleans())
+def test_enlarged_crops_are_those_of_torchvision_away_from_the_rim(H, W, seed, flip):
+    g = generator(seed, "crop")
+    height, width = (int(torch.randint((n + 1) // 2, n + 1, (), generator=g)) for n in (H, W))     # enlarged at most twice
+    top, left = (int(torch.randint(0, n + 1, (), generator=g)) for n in (H - height, W - width))
+    x = torch.rand(1, 3, H, W, generator=g)
+    expected = resized_crop(x, top, left, height, width, [H, W], antialias=False)
+    view = warp(x, crop_theta(top, left, height, width, (H, W), flip)[None], (H, W))
+    inner = (..., slice(1, -1), slice(1, -1))                          # at the rim torchvision repeats the last pixel of the box
+    torch.testing.assert_close(view[inner], (expected.flip(-1) if flip else expected)[inner], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
@@ -187,6 +201,16 @@ def test_padding_has_no_vote(seed, pool):
     torch.testing.assert_close(fuse(garbage, theta, valid, pool)[0], fuse(probs, theta, valid, pool)[0])
     everywhere = torch.ones_like(valid)
     torch.testing.assert_close(fuse(probs, theta, everywhere, pool)[0], fuse(probs, theta, pool=pool)[0])
+
+
+@quick
+@given(seeds)
+def test_float32_is_as_good_as_float64(seed):
+    probs, theta = group(seed, dtype=torch.float64)
+    exact, seen = fuse(probs, theta)
+    fused, seen_too = fuse(probs.float(), theta)
+    assert exact.dtype == torch.float64 and fused.dtype == torch.float32 and torch.equal(seen, seen_too)
+    torch.testing.assert_close(fused.double(), exact, atol=1e-5, rtol=0)
 
 
 def test_lower_precision_is_fused_in_float32_and_inputs_are_left_alone():
