@@ -65,7 +65,7 @@ def min_entropy_pool(x: torch.Tensor,  # (B, T, C + 1, H, W) on the canvas
     surest = entropy.argmin(1)[:, None, None].expand(-1, 1, probs.shape[2], -1, -1)
     return probs.gather(1, surest)[:, 0], seen.any(1)
 
-# %% ../nbs/04_crop_fusion.ipynb #3e8ee1cf
+# %% ../nbs/04_crop_fusion.ipynb #c18b8ed5
 POOLS = {"mean": mean_pool, "min_entropy": min_entropy_pool}
 
 def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, (B, T, C, H, W)
@@ -73,7 +73,7 @@ def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, 
          valid: torch.Tensor | None = None,  # bool (B, T, H, W), false where a view is padding
          pool: str = "mean",   # or "min_entropy"
         ) -> tuple[torch.Tensor, torch.Tensor]:  # fused (B, T, C, H, W), seen (B, T, H, W)
-    "Multi-scale fusion (section 3.3): bring all views to the canvas, pool them, bring the result into the frame of every view."
+    "Multi-scale fusion (section 3.3): bring all views to the canvas, pool them, bring the result into the frame of every view. Raises `ValueError` where shapes disagree."
     (B, T, _, H, W), size = probs.shape, probs.shape[-2:]
     if theta.shape != (B, T, 2, 3): raise ValueError(f"theta has shape {tuple(theta.shape)}, expected {(B, T, 2, 3)}: one map for each view in probs")
     if valid is not None and valid.shape != (B, T, H, W): raise ValueError(f"valid has shape {tuple(valid.shape)}, expected {(B, T, H, W)}")

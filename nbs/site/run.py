@@ -31,7 +31,7 @@ class Client(NotebookClient):
 def run(path: Path) -> None:
     "Execute one notebook in its folder and clean it. After an error it is unchanged on disk."
     nb = nbformat.read(path, as_version=4)
-    Client(nb, timeout=600, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(path.parent)}}).execute()
+    Client(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(nb, path)
     nbdev_clean(fname=str(path))  # no execution counts, no memory addresses; outputs stay
 
