@@ -388,14 +388,14 @@ def sac_steps(run: Run, model, teacher: MomentumNetwork, prior: ClassPrior, opti
                            backward=acc.backward, no_sync=lambda: acc.no_sync(model), reduce=run.reduce)
     return losses
 
-# %% ../nbs/09_train.ipynb #882e1c48
+# %% ../nbs/09_train.ipynb #058bdd6b
 MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}
 
 def finish(run: Run, stage: str, model, seconds: float) -> None:
     "Save a stage's network and drop its checkpoints."
     if run.accelerator.is_main_process:
-        run.log(event="stage", stage=stage, step=0, seconds=round(seconds, 1))
         with written_aside(run.folder / MODEL_FOLDER[stage]) as tmp: model.save_pretrained(tmp)
+        run.log(event="stage", stage=stage, step=0, seconds=round(seconds, 1))
         for old in checkpoints(run, stage): shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
 
