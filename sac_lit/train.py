@@ -6,10 +6,11 @@
 __all__ = ['TOY_DATA', 'TOY', 'PRESETS', 'READERS', 'MODEL_FOLDER', 'TITLES', 'PAGE', 'CAPTIONS', 'DataConfig', 'OptimConfig',
            'ABNConfig', 'SACConfig', 'Config', 'written_aside', 'Run', 'settings', 'open_run', 'open_data', 'loader',
            'walk', 'source_batch', 'target_batch', 'evaluate', 'log_evaluation', 'build_optimizer', 'set_lr',
-           'save_checkpoint', 'checkpoints', 'load_checkpoint', 'run_stage', 'forget_after', 'supervised_steps',
-           'target_frequencies', 'sac_steps', 'finish', 'load_stage', 'train_supervised', 'train_sac', 'results',
-           'result_rows', 'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
-           'figure_of_pseudo_labels', 'html_table', 'write_report', 'train', 'main']
+           'save_checkpoint', 'checkpoints', 'load_checkpoint', 'run_stage', 'log_losses', 'forget_after',
+           'supervised_steps', 'target_frequencies', 'sac_steps', 'finish', 'load_stage', 'train_supervised',
+           'train_sac', 'results', 'result_rows', 'result_table', 'save_figure', 'figure_of_curves',
+           'figure_of_classes', 'figure_of_examples', 'figure_of_pseudo_labels', 'html_table', 'write_report', 'train',
+           'main']
 
 # %% ../nbs/09_train.ipynb #4dde023b
 import base64
@@ -45,7 +46,7 @@ from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior
 from .toy_city import write_dataset
 
-# %% ../nbs/09_train.ipynb #da7bcc78
+# %% ../nbs/09_train.ipynb #3ca06711
 @dataclass(frozen=True)
 class DataConfig:
     "Where the images are, and how they are read."
@@ -117,14 +118,14 @@ class Config:
     fresh: bool = False  # delete the run's folder and start over
     log_every: int = 50  # steps between lines of the log
     eval_every: int = 0  # steps between evaluations in the joint stage; 0: at the end only
-    checkpoint_every: int = 1000  # steps between checkpoints
+    checkpoint_every: int = 1000  # steps between checkpoints, a multiple of log_every
     keep: int = 2  # checkpoints kept
 
-# %% ../nbs/09_train.ipynb #71c93613
+# %% ../nbs/09_train.ipynb #4e9933bb
 TOY_DATA = DataConfig(source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
                       workers=0, toy=True, toy_size=(96, 192))
 TOY = Config(
-    name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA, log_every=20, eval_every=250, checkpoint_every=250,
+    name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA, log_every=25, eval_every=250, checkpoint_every=250,
     abn=ABNConfig(optimizer="adam", lr=3e-3, schedule="poly", steps=800, source_batch=8, target_batch=8, crop=(96, 192), scale=(1., 2.), jitter=0.),
     sac=SACConfig(optimizer="adam", lr=5e-4, schedule="poly", steps=1000, source_batch=4, crop=(96, 192), source_scale=(1., 2.), blur=.4, period=1,
                   loss=SelfSupervision(zeta=.75, beta=1e-2, floor=.2, target_weight=2.)))
@@ -183,7 +184,7 @@ class Run:
         "Print on the main process."
         self.accelerator.print(text, flush=True)
 
-# %% ../nbs/09_train.ipynb #45375cd8
+# %% ../nbs/09_train.ipynb #868449a7
 def settings(cfg: Config) -> dict:
     "The part of a configuration that decides the results, as plain JSON values by dotted name."
     free = {"runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "data.workers", "stages"}
@@ -195,6 +196,8 @@ def settings(cfg: Config) -> dict:
 
 def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     "Create or reopen the run's folder. Raises `UserError` where it holds another configuration."
+    if cfg.checkpoint_every % cfg.log_every:
+        raise UserError(f"--checkpoint-every {cfg.checkpoint_every}: give a multiple of --log-every {cfg.log_every}, so that no line of the log is cut in two")
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     run = Run(cfg, accelerator, Path(cfg.runs) / cfg.name)
     path = run.folder / "config.json"
@@ -308,29 +311,37 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> int:
     for k, v in state.items(): v.load_state_dict(saved[k])
     return saved["step"]
 
-# %% ../nbs/09_train.ipynb #cf2d3287
+# %% ../nbs/09_train.ipynb #0fde7a1f
 def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, networks: dict, val: SegmentationDataset, eval_every: int = 0) -> None:
     "Run `step_losses(start)`, a generator of each step's losses, with logging, evaluation of `networks` and checkpoints."
-    start, sums = load_checkpoint(run, stage, state), {}
+    step = start = load_checkpoint(run, stage, state)
     forget_after(run, stage, start)
     if start: run.say(f"{stage}: continued from step {start}")
     interactive = run.accelerator.is_main_process and sys.stdout.isatty()
     bar = progress_bar(range(start + 1, steps + 1), leave=False) if interactive else range(start + 1, steps + 1)
-    miou = ""
-    for step, losses in zip(bar, step_losses(start)):
-        for k, v in losses.items(): sums[k] = sums.get(k, 0) + v
-        if step % run.cfg.log_every == 0 or step == steps:
-            n = step % run.cfg.log_every or run.cfg.log_every
-            means = {k: round(float(v) / n, 5) for k, v in sums.items()}
-            run.log(event="step", stage=stage, step=step, **means)
-            sums, text = {}, " ".join(f"{k} {v:.3f}" for k, v in means.items())
-            if interactive: bar.comment = text + miou
-            elif step % (10 * run.cfg.log_every) == 0: run.say(f"{stage} {step}/{steps} {text}{miou}")
-        if step == steps or eval_every and step % eval_every == 0:
-            scores = {k: log_evaluation(run, stage, k, step, m, val) for k, m in networks.items()}
-            miou = " mIoU " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
-        if step % run.cfg.checkpoint_every == 0 or step == steps: save_checkpoint(run, stage, step, state)
+    sums, miou = {}, ""
+    try:
+        for step, losses in zip(bar, step_losses(start)):
+            for k, v in losses.items(): sums[k] = sums.get(k, 0) + v
+            if step % run.cfg.log_every == 0 or step == steps:
+                text, sums = log_losses(run, stage, step, sums), {}
+                if interactive: bar.comment = text + miou
+                elif step % (10 * run.cfg.log_every) == 0: run.say(f"{stage} {step}/{steps} {text}{miou}")
+            if step == steps or eval_every and step % eval_every == 0:
+                scores = {k: log_evaluation(run, stage, k, step, m, val) for k, m in networks.items()}
+                miou = " mIoU " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+            if step % run.cfg.checkpoint_every == 0 or step == steps: save_checkpoint(run, stage, step, state)
+    except FloatingPointError as e:
+        raise UserError(f"{run.folder}: {stage} stopped in step {step + 1}, before the optimizer moved: {e}; "
+                        f"the last checkpoint is kept, try a lower --{'sac' if stage == 'sac' else 'abn'}.lr under another --name") from e
     run.say(f"{stage} {steps}/{steps}{miou}")
+
+def log_losses(run: Run, stage: str, step: int, sums: dict) -> str:
+    "Log the mean losses since the last line; the same as text."
+    n = step % run.cfg.log_every or run.cfg.log_every
+    means = {k: round(float(v) / n, 5) for k, v in sums.items()}
+    run.log(event="step", stage=stage, step=step, **means)
+    return " ".join(f"{k} {v:.3f}" for k, v in means.items())
 
 def forget_after(run: Run, stage: str, step: int) -> None:
     "Drop the log's lines of steps that will be done again."
@@ -546,7 +557,7 @@ def write_report(run: Run, val: SegmentationDataset) -> Path:
     with written_aside(run.folder / "report.html") as tmp: tmp.write_text(page)
     return run.folder / "report.html"
 
-# %% ../nbs/09_train.ipynb #f813168a
+# %% ../nbs/09_train.ipynb #e0477687
 def train(cfg: Config) -> Run:
     "Run every stage that is not done yet, then write the report. Raises `UserError` for what the user can mend."
     run = open_run(cfg)
@@ -555,9 +566,7 @@ def train(cfg: Config) -> Run:
     for stage in cfg.stages:
         if (run.folder / MODEL_FOLDER[stage]).exists(): continue
         began = time.time()
-        try: network = train_sac(run, data) if stage == "sac" else train_supervised(run, stage, data)
-        except FloatingPointError as e:
-            raise UserError(f"{run.folder}: {stage} stopped before its next step: {e}; the last checkpoint is kept, try a lower --{'sac' if stage == 'sac' else 'abn'}.lr") from e
+        network = train_sac(run, data) if stage == "sac" else train_supervised(run, stage, data)
         finish(run, stage, network, time.time() - began)
     if run.accelerator.is_main_process:
         path = write_report(run, data["val"])

@@ -109,6 +109,8 @@ def test_yardsticks(finished):
     (["--name", "e2", "--data.no-toy", "--data.source-root", "nowhere"], ["nowhere"]),
     (["--name", "e3", "--data.no-toy", "--data.target-root", "data/toy_city/source"], ["data/toy_city/source"]),
     (["--name", "e4", "--data.toy-seed", "5"], ["data/toy_city/source"]),
+    (["--name", "e6", "--checkpoint-every", "3"], ["--checkpoint-every 3", "--log-every 2"]),
+    (["--name", "e5", "--stages", "abn", "--abn.lr", "1e30"], ["runs/e5", "step 2", "nan", "--abn.lr"]),
 ])
 def test_bad_input_is_one_sentence(finished, args, words):
     done = train(finished[0], *args)
