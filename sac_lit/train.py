@@ -311,7 +311,7 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> int:
     for k, v in state.items(): v.load_state_dict(saved[k])
     return saved["step"]
 
-# %% ../nbs/09_train.ipynb #0fde7a1f
+# %% ../nbs/09_train.ipynb #6c42672b
 def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, networks: dict, val: SegmentationDataset, eval_every: int = 0) -> None:
     "Run `step_losses(start)`, a generator of each step's losses, with logging, evaluation of `networks` and checkpoints."
     step = start = load_checkpoint(run, stage, state)
@@ -325,11 +325,11 @@ def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, networ
             for k, v in losses.items(): sums[k] = sums.get(k, 0) + v
             if step % run.cfg.log_every == 0 or step == steps:
                 text, sums = log_losses(run, stage, step, sums), {}
-                if interactive: bar.comment = text + miou
+                if interactive: bar.comment = f"{stage} {text}{miou}"
                 elif step % (10 * run.cfg.log_every) == 0: run.say(f"{stage} {step}/{steps} {text}{miou}")
             if step == steps or eval_every and step % eval_every == 0:
                 scores = {k: log_evaluation(run, stage, k, step, m, val) for k, m in networks.items()}
-                miou = " mIoU " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+                miou = " mIoU " + " ".join(f"{k} {v:.1f}" for k, v in scores.items())
             if step % run.cfg.checkpoint_every == 0 or step == steps: save_checkpoint(run, stage, step, state)
     except FloatingPointError as e:
         raise UserError(f"{run.folder}: {stage} stopped in step {step + 1}, before the optimizer moved: {e}; "
@@ -337,11 +337,11 @@ def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, networ
     run.say(f"{stage} {steps}/{steps}{miou}")
 
 def log_losses(run: Run, stage: str, step: int, sums: dict) -> str:
-    "Log the mean losses since the last line; the same as text."
+    "Log the mean losses since the last line; the same as short text."
     n = step % run.cfg.log_every or run.cfg.log_every
     means = {k: round(float(v) / n, 5) for k, v in sums.items()}
     run.log(event="step", stage=stage, step=step, **means)
-    return " ".join(f"{k} {v:.3f}" for k, v in means.items())
+    return " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in means.items())
 
 def forget_after(run: Run, stage: str, step: int) -> None:
     "Drop the log's lines of steps that will be done again."
