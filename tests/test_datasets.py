@@ -2,6 +2,8 @@
 import itertools
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from sac_lit.core import CLASSES, IGNORE_INDEX, UserError, generator
 from sac_lit.datasets import (COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, LAYOUTS, FileError, SegmentationDataset, StepSampler, cityscapes, cut,
-                              epoch_index, find_images, find_labels, gta5, matching_statistics, normalize, photometric_noise, random_box, source_view,
+                              epoch_index, find_images, folder, gta5, label_paths, matching_statistics, normalize, photometric_noise, random_box, read_classes, source_view,
                               synthia, target_views)
-from sac_lit.toy_city import render, write_dataset
+from sac_lit.toy_city import render, write_dataset, write_png16
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 SIZE, COUNTS = (32, 64), {"train": 3, "val": 2}
@@ -111,10 +113,10 @@ def test_no_label_file_is_opened_without_labels(city, tmp_path):
 
 def test_a_folder_of_ones_own(tmp_path):
     for name in ("a", "b"):
-        for folder, mode in (("photos", "RGB"), ("{masks}", "L")): (tmp_path/folder).mkdir(exist_ok=True); Image.new(mode, (5, 4)).save(tmp_path/folder/f"{name}.png")
+        for kind, mode in (("photos", "RGB"), ("{masks}", "L")): (tmp_path/kind).mkdir(exist_ok=True); Image.new(mode, (5, 4)).save(tmp_path/kind/f"{name}.png")
     (tmp_path/"photos/._a.png").write_bytes(b"what some archivers leave")
     images = find_images(tmp_path, "photos/*.png")
-    dataset = SegmentationDataset(images, find_labels(tmp_path, images, "photos/*.png", "{masks}/*.png"), {0: 1}, num_classes=2)
+    dataset = SegmentationDataset(images, label_paths(tmp_path, images, "photos/*.png", "{masks}/*.png"), {0: 1}, names=("a", "b"))
     assert len(dataset) == 2 and dataset[1]["label"].unique().tolist() == [1] and dataset.num_classes == 2
 
 
@@ -149,7 +151,7 @@ def test_unknown_label_values(city, layout, tmp_path):
     dataset = READERS[layout](city/layout)
     y = np.zeros(SIZE, np.uint8)
     y[3, 5], y[4] = 77, 99
-    Image.fromarray(y).save(tmp_path/"y.png")
+    write_png16(tmp_path/"y.png", np.stack([y] * 3, -1)) if layout == "synthia" else Image.fromarray(y).save(tmp_path/"y.png")
     dataset.labels[1] = tmp_path/"y.png"
     text = message(dataset.__getitem__, 1)
     assert "77, 99," in text and str(tmp_path/"y.png") in text and {"gta5": "0-34, 255", "synthia": "0-22", "cityscapes": "0-33, 255"}[layout] in text
@@ -370,3 +372,98 @@ def test_no_draw_touches_the_global_generator():
     photometric_noise(target_views(image, generator(0), (16, 32))[0][0], generator(1), p_jitter=1.)
     epoch_index(0, "sac", 5, 1, 4, 10)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------- lists, folders, the audit
+
+def test_lists_of_frames(gta, tmp_path):
+    (tmp_path/"list.txt").write_text("images/00004.png\n\nimages/00002.png\n")
+    (gta/"labels/00001.png").unlink()  # of no concern: it is not in the list
+    assert [p.name for p in gta5(gta, frames=tmp_path/"list.txt").images] == ["00002.png", "00004.png"]
+    (tmp_path/"list.txt").write_text("".join(f"images/{i}.png\n" for i in range(7)))
+    text = message(gta5, gta, frames=tmp_path/"list.txt")
+    assert "list.txt: 7 of its 7 images" in text and "images/4.png, ..." in text and "images/5.png" not in text
+    assert "none.txt" in message(gta5, gta, frames=tmp_path/"none.txt")
+
+
+def test_cityscapes_in_train_ids(city, tmp_path):
+    root = shutil.copytree(city/"cityscapes", tmp_path/"cityscapes")
+    whole = [cityscapes(root, "train")[i]["label"] for i in range(3)]
+    for path, label in zip(cityscapes(root, "train").labels, whole): Image.fromarray(label.numpy()).save(str(path).replace("labelIds", "labelTrainIds"))
+    for path in cityscapes(root, "train").labels: path.unlink()
+    for path in (root/"gtFine/val").rglob("*.png"): path.unlink()
+    assert all(torch.equal(a, cityscapes(root, "train")[i]["label"]) for i, a in enumerate(whole))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_synthia_converted_to_8_bits_is_recognised(city, tmp_path, mode):
+    root = shutil.copytree(city/"synthia", tmp_path/"synthia")
+    Image.new(mode, (SIZE[1], SIZE[0])).save(root/"GT/LABELS/0000001.png")
+    text = message(synthia(root).__getitem__, 1)
+    assert "0000001.png: 8 bits a channel instead of 16" in text and "archive" in text
+
+
+@pytest.fixture
+def own(tmp_path):
+    "A folder of images in sub-folders, with three classes and two numbers that mean none."
+    for name in ("a/x.jpg", "b/y.png", "z.webp"):
+        (tmp_path/"photos"/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (9, 9, 9)).save(tmp_path/"photos"/name)
+        label = (tmp_path/"maps"/name).with_suffix(".png")
+        label.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.array([[0, 1, 2, 7, 255, 0]] * 4, np.uint8)).save(label)
+    (tmp_path/"classes.txt").write_text("one\ntwo\n three \n\n")
+    return tmp_path
+
+
+def test_folder(own):
+    data = folder(own/"photos", own/"maps", own/"classes.txt", ignore=(7, 255))
+    assert [p.name for p in data.images] == ["x.jpg", "y.png", "z.webp"] and data.names == ("one", "two", "three")
+    assert data[1]["label"][0].tolist() == [0, 1, 2, 255, 255, 0]
+    assert sorted(folder(own/"photos")[0]) == ["image", "index"]
+    assert "unknown label values 7" in message(folder(own/"photos", own/"maps", own/"classes.txt").__getitem__, 0)
+    (own/"maps/z.png").unlink()
+    assert "z.png is missing (1 of 3" in message(folder, own/"photos", own/"maps", own/"classes.txt")
+    (own/"empty").mkdir()
+    assert "no images in it" in message(folder, own/"empty") and "no such folder" in message(folder, own/"nowhere")
+
+
+@pytest.mark.parametrize("content, words", [("", "0 class names"), ("a\nb\na\n", "a occurs twice"), ("\n".join(map(str, range(256))), "256 class names")])
+def test_class_lists(tmp_path, content, words):
+    (tmp_path/"classes.txt").write_text(content)
+    assert words in message(read_classes, tmp_path/"classes.txt")
+
+
+def audited(*args):
+    done = subprocess.run([sys.executable, "-m", "sac_lit.datasets", "audit", *map(str, args)], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_audit_of_a_whole_data_set(city, own):
+    done = audited("cityscapes", city/"cityscapes", "--split", "train")
+    assert done.returncode == 0 and "3 images, 3 labels expected, 3 in order" in done.stdout and done.stdout.rstrip().endswith("0 defects")
+    done = audited("folder", own/"photos", "--labels", own/"maps", "--classes", own/"classes.txt", "--ignore", 7, 255)
+    shares = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("one", "two", "three", "ignored"))}
+    assert done.returncode == 0 and shares == {"one": ["33.33", "%", "3"], "two": ["16.67", "%", "3"], "three": ["16.67", "%", "3"], "ignored": ["33.33", "%", "3"]}
+
+
+def test_audit_names_each_defect_and_lists_the_rest(gta):
+    (gta/"labels/00001.png").unlink()
+    Image.new("L", (9, 9), 7).save(gta/"labels/00002.png")
+    (gta/"images/00003.png").write_bytes(b"no image")
+    done = audited("gta5", gta, "--fix-list", gta/"good.txt")
+    lines = done.stdout[done.stdout.index("3 defects"):].splitlines()[1:]
+    assert done.returncode == 1 and [n for n in ("00001", "00002", "00003") if any(n in line for line in lines)] == ["00001", "00002", "00003"] and len(lines) == 3
+    assert [p.name for p in gta5(gta, frames=gta/"good.txt").images] == ["00004.png", "00005.png"]
+
+
+def test_audit_suspects_train_ids(gta):
+    for path in sorted((gta/"labels").glob("*.png")): Image.new("L", SIZE[::-1], 13).save(path)
+    done = audited("gta5", gta)
+    assert done.returncode == 1 and "look like train ids" in done.stdout
+
+
+def test_audit_of_nothing(tmp_path):
+    done = audited("synthia", tmp_path/"none")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from sac_lit.core import IGNORE_INDEX, UserError, generator
-from sac_lit.focal_loss import focal_loss
+from sac_lit.focal_loss import batch_confidence, focal_loss
 from sac_lit.importance_sampling import class_frequency, draw, sampling_weights
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
@@ -51,10 +51,11 @@ def test_without_both_factors_it_is_cross_entropy(seed, size):
 def test_gradient_is_that_of_cross_entropy_scaled_by_a_constant(seed, size, average):
     z, y, m, chi = batch(seed, size)
     z.requires_grad_()
-    grad, = torch.autograd.grad(focal_loss(z, y, m, chi, average_confidence=average), z)
+    if average: m = batch_confidence(m)
+    grad, = torch.autograd.grad(focal_loss(z, y, m, chi), z)
     kept = y != IGNORE_INDEX
     c = torch.where(kept, y, 0)
-    scale = (m.mean(0, keepdim=True) if average else m) * (1 - chi[c]) ** 3 * kept / y.numel()
+    scale = m * (1 - chi[c]) ** 3 * kept / y.numel()
     expected = scale[:, None] * (z.softmax(1) - F.one_hot(c, size[1]).movedim(-1, 1))
     torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4)
     assert not grad.movedim(1, -1)[~kept].any()
@@ -85,7 +86,7 @@ def test_batch_is_the_mean_of_its_images(seed, size, scale):
 def test_average_confidence_is_the_broadcast_product(seed, size):
     z, y, m, chi = batch(seed, size)
     pixel = F.cross_entropy(z, y, (1 - chi) ** 3, ignore_index=IGNORE_INDEX, reduction="none")
-    torch.testing.assert_close(focal_loss(z, y, m, chi, average_confidence=True), (m[:, None] * pixel).mean())
+    torch.testing.assert_close(focal_loss(z, y, batch_confidence(m), chi), (m[:, None] * pixel).mean())
 
 
 def test_no_labels_no_loss_no_nan():

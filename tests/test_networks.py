@@ -2,6 +2,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -10,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from sac_lit.abn_pretraining import abn_step, freeze_bn, source_loss
-from sac_lit.core import IGNORE_INDEX, UserError, generator
-from sac_lit.deeplabv2 import ARCHS, FCN8sVGG16, SegmentationModel, build_model, load_imagenet, param_groups, upsample
+from sac_lit.core import IGNORE_INDEX, NAMES, UserError, generator
+from sac_lit.deeplabv2 import ARCHS, FCN8sVGG16, SegmentationModel, build_model, load_imagenet, load_snapshot, param_groups, save_snapshot, upsample
 
 quick = settings(deadline=None, derandomize=True, max_examples=10)
 
@@ -43,11 +44,29 @@ def vgg():
 
 # ---------------------------------------------------------------- layout
 
-def test_resnet_has_torchvisions_names_and_a_fifth_layer():
-    with torch.device("meta"): theirs = torchvision.models.resnet101().state_dict()
-    expected = {f"model.{k}": tuple(v.shape) for k, v in theirs.items() if not k.startswith("fc.")}
-    for i in range(4): expected |= {f"model.layer5.conv2d_list.{i}.weight": (19, 2048, 3, 3), f"model.layer5.conv2d_list.{i}.bias": (19,)}
-    assert shapes("deeplabv2_resnet101") == expected
+def released(arch, C=19):
+    "Names and shapes below `backbone.` in the released snapshots, from torchvision's networks and what is known of the rest."
+    with torch.device("meta"): resnet, vgg = torchvision.models.resnet101().state_dict(), torchvision.models.vgg16_bn().features.state_dict()
+    conv = lambda name, *shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    norm = lambda name, n: {f"{name}.{k}": (n,) for k in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()}
+    head = lambda name, inputs: {k: v for i in range(4) for k, v in conv(f"{name}.conv2d_list.{i}", C, inputs, 3, 3).items()}
+    trunk = [(int(k.split(".")[0]), k.split(".")[1], tuple(v.shape)) for k, v in vgg.items()]
+    if arch == "deeplabv2_resnet101":
+        return {f"model.{k}": tuple(v.shape) for k, v in resnet.items() if not k.startswith("fc.")} | head("model.layer5", 2048)
+    if arch == "deeplabv2_vgg16":
+        return ({f"features.{i - (i > 33)}.{k}": shape for i, k, shape in trunk} | conv("features.42", 1024, 512, 3, 3) | conv("features.44", 1024, 1024, 3, 3)
+                | head("classifier", 1024))
+    return ({f"block{1 if i < 24 else 2 if i < 34 else 3}.{i}.{k}": shape for i, k, shape in trunk}
+            | conv("vgg_head.0", 4096, 512, 7, 7) | norm("vgg_head.1", 4096) | conv("vgg_head.4", 4096, 4096, 1, 1) | norm("vgg_head.5", 4096)
+            | conv("vgg_head.8", C, 4096, 1, 1) | conv("score_pool4", C, 512, 1, 1) | conv("score_pool3", C, 256, 1, 1))
+
+
+RELEASED = ("deeplabv2_resnet101", "deeplabv2_vgg16", "fcn8s_vgg16")
+
+
+@pytest.mark.parametrize("arch", RELEASED)
+def test_names_and_shapes_are_those_of_the_released_networks(arch):
+    assert shapes(arch) == released(arch)
 
 
 def test_resnet_strides_and_dilations():
@@ -61,25 +80,12 @@ def test_resnet_strides_and_dilations():
     assert [c.dilation for c in net.layer5.conv2d_list] == [(r, r) for r in (6, 12, 18, 24)]
 
 
-def test_vgg_is_numbered_without_its_last_two_poolings():
-    net, found = layout("deeplabv2_vgg16").backbone, shapes("deeplabv2_vgg16")
+def test_vgg_has_no_last_two_poolings():
+    net = layout("deeplabv2_vgg16").backbone
     convs = {i: m for i, m in enumerate(net.features) if isinstance(m, nn.Conv2d)}
     assert list(convs) == [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 33, 36, 39, 42, 44]
     assert [i for i, m in enumerate(net.features) if isinstance(m, nn.MaxPool2d)] == [6, 13, 23]
     assert [m.dilation[0] for m in convs.values()] == [1] * 10 + [2] * 3 + [4] * 2
-    assert found["features.42.weight"] == (1024, 512, 3, 3) and found["features.44.weight"] == (1024, 1024, 3, 3)
-    assert all(found[f"classifier.conv2d_list.{i}.weight"] == (19, 1024, 3, 3) for i in range(4))
-
-
-def test_fcn_keeps_vggs_own_numbers():
-    found = shapes("fcn8s_vgg16")
-    with torch.device("meta"): theirs = torchvision.models.vgg16_bn().features.state_dict()
-    block = lambda i: 1 if i < 24 else 2 if i < 34 else 3
-    expected = {f"block{block(int(k.split('.')[0]))}.{k}": tuple(v.shape) for k, v in theirs.items()}
-    new = {k: v for k, v in found.items() if k not in expected}
-    assert expected.items() <= found.items()
-    assert {k.rsplit(".", 1)[0] for k in new} == {f"vgg_head.{i}" for i in (0, 1, 4, 5, 8)} | {"score_pool4", "score_pool3"}
-    assert found["vgg_head.0.weight"] == (4096, 512, 7, 7)
 
 
 @pytest.mark.parametrize("arch, millions, groups", [("deeplabv2_resnet101", 43.90, [208, 104, 4, 4]), ("deeplabv2_vgg16", 29.58, [26, 26, 6, 6]),
@@ -194,15 +200,24 @@ def test_unknown_architecture_and_no_imagenet():
 # ---------------------------------------------------------------- folders
 
 def test_saved_and_loaded_silently(tmp_path, capfd):
-    model, x = build_model("deeplabv2_tiny", 7).eval(), noise(1, 3, 40, 48)
+    model, x = build_model("deeplabv2_tiny", 2, names=("land", "sea")).eval(), noise(1, 3, 40, 48)
     model.save_pretrained(tmp_path / "model")
     again = SegmentationModel.from_pretrained(tmp_path / "model")
     assert capfd.readouterr() == ("", "")
-    assert json.loads((tmp_path / "model/config.json").read_text()) == {"arch": "deeplabv2_tiny", "num_classes": 7}
-    assert (again.arch, again.num_classes, again.stride, again.training) == ("deeplabv2_tiny", 7, 4, False)
+    assert json.loads((tmp_path / "model/config.json").read_text()) == {"arch": "deeplabv2_tiny", "num_classes": 2, "names": ["land", "sea"]}
+    assert (again.arch, again.num_classes, again.names, again.stride, again.training) == ("deeplabv2_tiny", 2, ("land", "sea"), 4, False)
     assert torch.equal(again(x), model(x))
     copy.deepcopy(again).save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
+
+
+def test_models_saved_without_names_still_load(tmp_path):
+    for n, names in ((19, NAMES), (2, ("class 0", "class 1"))):
+        model = build_model("deeplabv2_tiny", n)
+        model.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"arch": "deeplabv2_tiny", "num_classes": n}))
+        assert SegmentationModel.from_pretrained(tmp_path).names == model.names == names
+    with pytest.raises(UserError, match="2 class names for 19"): build_model("deeplabv2_tiny", 19, names=("land", "sea"))
 
 
 def test_a_folder_without_a_whole_model_is_refused(tmp_path):
@@ -211,9 +226,111 @@ def test_a_folder_without_a_whole_model_is_refused(tmp_path):
     damage = {"config.json": '{"arch": "deeplabv2_tiny", "num_classes": 5}', "model.safetensors": "torn"}
     for name, text in damage.items():
         (tmp_path / "model" / name).write_text(text)
-        with pytest.raises(UserError, match="model"): SegmentationModel.from_pretrained(tmp_path / "model")
-    for folder in (tmp_path / "empty", tmp_path / "absent", "a/b/c"):
-        with pytest.raises(UserError): SegmentationModel.from_pretrained(folder)
+        with pytest.raises(UserError, match="holds no model"): SegmentationModel.from_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("torn")
+    for folder in (tmp_path / "model", tmp_path / "empty"):
+        with pytest.raises(UserError, match="holds no model"): SegmentationModel.from_pretrained(folder)
+
+
+def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    def asked(repo_id, **kwargs): raise FileNotFoundError(f"asked for {repo_id}")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "absent", str(tmp_path / "absent"), "runs/absent", "./a/b", "a/b/c", "absent"):
+        with pytest.raises(UserError, match="no such folder; give"): SegmentationModel.from_pretrained(folder)
+    with pytest.raises(UserError, match="not a folder"): SegmentationModel.from_pretrained("file")
+    with pytest.raises(UserError, match="no such model on the Hub .asked for user/model.0"): SegmentationModel.from_pretrained("user/model.0")
+
+
+# ---------------------------------------------------------------- the authors' snapshots
+
+def snapshot(arch, joint=True, C=19):
+    "A dictionary in the exact format of the released files. Tensors repeat a single number, so the file is small."
+    def network(part, order):
+        state = {f"module.{part}.{k}": torch.zeros((), dtype=torch.int64 if k.endswith("tracked") else torch.float32).expand(shape) for k, shape in released(arch, C).items()}
+        state[next(reversed(state))] = order.float()                           # the head's last bias decides the class
+        return state
+    state = network("backbone", torch.arange(C))
+    if joint: state |= network("slow_net", -torch.arange(C)) | {"module.running_conf": torch.full((C,), .05), "module.slow_init": torch.ones(1)}
+    momentum = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 2.5e-4, "params": [0]}]}
+    return {"model": state, "opt": momentum, "score": np.float64(.538), "epoch": 136}
+
+
+@pytest.mark.parametrize("arch", RELEASED)
+def test_a_released_snapshot_loads_predicts_and_round_trips(arch, tmp_path):
+    torch.save(snapshot(arch), path := tmp_path / "sac.pth")
+    for which, best in (("momentum", 0), ("student", 18)):
+        model = load_snapshot(path, which)
+        assert (model.arch, model.num_classes, model.names, model.training) == (arch, 19, NAMES, False)
+        assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+        with torch.no_grad(): assert (model(noise(1, 3, 32, 40)).argmax(1) == best).all()
+    save_snapshot(path, model)
+    again = torch.load(path, weights_only=True, mmap=True)["model"]
+    assert {k: tuple(v.shape) for k, v in again.items()} == {f"module.backbone.{k}": shape for k, shape in released(arch).items()}
+    assert torch.equal(again[f"module.backbone.{next(reversed(released(arch)))}"], torch.arange(19.))
+
+
+@pytest.mark.parametrize("part", ["backbone", "slow_net"])
+@pytest.mark.parametrize("arch", RELEASED)
+def test_a_snapshot_with_a_renamed_tensor_is_refused(arch, part, tmp_path):
+    saved = snapshot(arch)
+    names = [k for k in saved["model"] if part in k]
+    for k in (names[0], names[len(names) // 2], names[-1]):
+        state = {("module.other" if n == k else n): v for n, v in saved["model"].items()}
+        torch.save(saved | {"model": state}, tmp_path / "sac.pth")
+        with pytest.raises(UserError) as error: load_snapshot(tmp_path / "sac.pth")
+        said = str(error.value)
+        assert "sac.pth" in said and arch in said and f"lacks {k.removeprefix('module.')}; it has besides other" in said, said
+
+
+def test_both_networks_of_a_snapshot_return(tmp_path):
+    a, b, x = tiny(1).eval(), tiny(2).eval(), noise(1, 3, 32, 40)
+    save_snapshot(tmp_path / "sac.pth", a, b, torch.linspace(0, 1, 19))
+    with torch.no_grad():
+        assert torch.equal(load_snapshot(tmp_path / "sac.pth")(x), a(x)) and torch.equal(load_snapshot(tmp_path / "sac.pth", "momentum")(x), b(x))
+    state = torch.load(tmp_path / "sac.pth", weights_only=True)["model"]
+    assert torch.equal(state["module.running_conf"], torch.linspace(0, 1, 19)) and state["module.slow_init"].tolist() == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["sac.pth"]
+    with pytest.raises(ValueError, match="neither"): save_snapshot(tmp_path / "half.pth", a, b)
+
+
+def test_a_snapshot_of_other_classes_says_how_many(tmp_path):
+    saved = snapshot("deeplabv2_vgg16", joint=False, C=16)
+    torch.save(saved, path := tmp_path / "abn.pth")
+    assert (model := load_snapshot(path)).num_classes == 16 and model.names[0] == "class 0"
+    saved["model"]["module.backbone.classifier.conv2d_list.1.weight"] = torch.zeros(19, 1024, 3, 3)
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="with 16 classes.*another shape backbone.classifier.conv2d_list.1.weight"): load_snapshot(path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s | {"opt": json.JSONEncoder()}, "json.encoder.JSONEncoder.*could run code"),
+    (lambda s: s["model"], "no snapshot, which"), (lambda s: s | {"model": [1]}, "no snapshot, which"), (lambda s: torch.zeros(1), "no snapshot, which"),
+    (lambda s: {"model": {"layer1.weight": torch.zeros(1)}}, "lacks .* and [0-9]+ more; it has besides layer1.weight")])
+def test_what_is_no_snapshot_is_refused(change, words, tmp_path):
+    torch.save(change(snapshot("deeplabv2_vgg16", joint=False)), path := tmp_path / "abn.pth")
+    with pytest.raises(UserError, match=words): load_snapshot(path)
+
+
+def test_a_snapshot_without_the_network_asked_for(tmp_path):
+    torch.save(snapshot("deeplabv2_vgg16", joint=False), path := tmp_path / "abn.pth")
+    assert load_snapshot(path).arch == "deeplabv2_vgg16"
+    with pytest.raises(UserError, match="no momentum network"): load_snapshot(path, "momentum")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match="cannot be read"): load_snapshot(path)
+    with pytest.raises(UserError, match="no such file"): load_snapshot(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize("score", [np.float64(.5), np.float32(.5), np.arange(3), {np.int64(3): 1}], ids=["float64", "float32", "array", "key"])
+def test_nothing_of_numpy_is_run(score, core, tmp_path, monkeypatch):
+    "Files from before NumPy 2 name its functions differently; neither name is followed."
+    saved = snapshot("deeplabv2_vgg16", joint=False) | {"score": score}
+    torch.save(saved, path := tmp_path / "abn.pth", _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", f"cnumpy.{core}.multiarray\n".encode()))
+    assert load_snapshot(path).num_classes == 19
 
 
 # ---------------------------------------------------------------- pretraining

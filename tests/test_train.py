@@ -1,27 +1,12 @@
 """The main job through its real command line, in a small size: end to end, again, killed and resumed, and with bad input."""
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-SMALL = ("--data.toy-train 6 --data.toy-val 3 --data.toy-size 32 64 --abn.steps 6 --abn.source-batch 2 --abn.target-batch 2 --abn.crop 32 64 "
-         "--sac.steps 6 --sac.source-batch 2 --sac.groups 2 --sac.num-crops 1 --sac.crop 32 64 --log-every 2 --eval-every 3 --checkpoint-every 2").split()
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-
-
-def train(cwd, *args, launch=("-m", "sac_lit.train")):
-    return subprocess.run([sys.executable, *launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
-
-
-def weights(cwd, name="toy", folder="model"):
-    return load_file(cwd / "runs" / name / folder / "model.safetensors")
+from jobs import ENV, log, train, weights
 
 
 def same(a, b):
@@ -42,14 +27,14 @@ def test_main_job(finished):
     run = cwd / "runs" / "toy"
     assert re.search(r"^IoU in % +ABN +SAC +gain$", out, re.M) and re.search(r"^mean +\d+\.\d +\d+\.\d +-?\d+\.\d$", out, re.M)
     for name in ("config.json", "log.jsonl", "report.html", "class_frequency.safetensors", "model/config.json", "model_abn/model.safetensors",
-                 "momentum/model.safetensors", "figures/curves.png", "figures/pseudo_labels.png"):
+                 "momentum/model.safetensors", "figures/curves.png", "figures/views_0000006.png", "best_by_target_labels/config.json", "seconds.json"):
         assert (run / name).stat().st_size > 0, name
     assert not list(run.rglob("*.tmp")) and not list((run / "checkpoints").glob("*"))
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64") == 4 and not re.search(r'(src|href)="(?!data:)', page)
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["event"] == "step" and r["stage"] == "sac"] == [2, 4, 6]
-    assert {r["network"] for r in rows if r["event"] == "evaluation"} == {"student", "momentum"}
+    assert [r["step"] for r in log(cwd, event="step", stage="sac")] == [2, 4, 6]
+    assert {r["network"] for r in log(cwd, event="evaluation")} == {"student", "momentum"}
+    for row in log(cwd, event="classes"): assert len(row["prior"]) == len(row["threshold"]) == 19 and abs(sum(row["prior"]) - 1) < .1
 
 
 def test_saved_network_predicts(finished):
@@ -74,25 +59,11 @@ def test_accelerate_launch_and_workers_give_the_same_network(finished):
     assert same(weights(cwd), weights(cwd, "launched"))
 
 
-def test_killed_and_started_again_gives_the_same_network(finished):
-    cwd, _ = finished
-    process = subprocess.Popen([sys.executable, "-m", "sac_lit.train", "toy", *SMALL, "--name", "killed"], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL)
-    checkpoints = cwd / "runs" / "killed" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("*")): time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = train(cwd, "--name", "killed")
-    assert done.returncode == 0, done.stderr
-    assert same(weights(cwd), weights(cwd, "killed")) and same(weights(cwd, folder="momentum"), weights(cwd, "killed", "momentum"))
-    drop = lambda name: [r for r in map(json.loads, open(cwd / "runs" / name / "log.jsonl")) if r["event"] != "stage"]
-    assert drop("toy") == drop("killed")
-
-
 def test_fresh_starts_over(finished):
     cwd, _ = finished
     for args in (("--name", "again"), ("--name", "again", "--seed", "1", "--fresh")):
         assert train(cwd, *args, "--stages", "abn").returncode == 0
-    assert json.loads((cwd / "runs" / "again" / "config.json").read_text())["settings"]["seed"] == 1
+    assert json.loads((cwd / "runs" / "again" / "config.json").read_text())["config"]["seed"] == 1
 
 
 def test_yardsticks(finished):
@@ -109,8 +80,9 @@ def test_yardsticks(finished):
     (["--name", "e2", "--data.no-toy", "--data.source-root", "nowhere"], ["nowhere"]),
     (["--name", "e3", "--data.no-toy", "--data.target-root", "data/toy_city/source"], ["data/toy_city/source"]),
     (["--name", "e4", "--data.toy-seed", "5"], ["data/toy_city/source"]),
-    (["--name", "e6", "--checkpoint-every", "3"], ["--checkpoint-every 3", "--log-every 2"]),
-    (["--name", "e5", "--stages", "abn", "--abn.lr", "1e30"], ["runs/e5", "step 2", "nan", "--abn.lr"]),
+    (["--name", "e6", "--tracker", "pencil"], ["--tracker pencil"]),
+    (["--name", "e7", "--mixed-precision", "fp16"], ["--mixed-precision fp16", "GPU"]),
+    (["--name", "e5", "--stages", "abn", "--abn.lr", "1e30"], ["runs/e5", "step 2", "nan", "--abn.lr", "images/"]),
 ])
 def test_bad_input_is_one_sentence(finished, args, words):
     done = train(finished[0], *args)
@@ -145,7 +117,12 @@ def test_help_lists_presets(tmp_path):
     assert done.returncode == 0 and "toy_long" in done.stdout.replace("-", "_")
 
 
-def test_batch_that_processes_cannot_share(finished):
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m sac_lit.train".split()
-    done = train(finished[0], "--name", "odd", "--abn.source-batch", "3", launch=launch)
-    assert done.returncode != 0 and "--abn.source-batch 3" in done.stderr and "multiple of 2" in done.stderr
+def test_report_is_drawn_again_from_the_log_alone(finished):
+    cwd, _ = finished
+    page = cwd / "runs" / "toy" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "report", "runs/toy"], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and page.read_text() == before, done.stderr
+    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "report", "runs/none"], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "runs/none" in done.stderr and len(done.stderr.strip().splitlines()) == 1

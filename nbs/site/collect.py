@@ -16,6 +16,7 @@ from PIL import Image
 from sac_lit.core import NAMES
 from sac_lit.datasets import cityscapes, normalize
 from sac_lit.deeplabv2 import SegmentationModel, upsample
+from sac_lit.runs import load_config
 
 OUT = Path(__file__).parents[1] / "results"
 FOLDERS = {"abn": "model_abn", "sac": "model"}
@@ -37,12 +38,11 @@ def predictions(folder: Path, image: torch.Tensor) -> list[torch.Tensor]:
 
 
 def main(name: str, *folders: str) -> None:
-    runs = {Path(f).name: json.loads((Path(f) / "config.json").read_text())["settings"] for f in folders}
-    result = {"classes": NAMES, "runs": [{"name": n, "seed": s["seed"], **last_scores(Path(f))} for (n, s), f in zip(runs.items(), folders)]}
+    configs = [load_config(Path(f)) for f in folders]
+    result = {"classes": NAMES, "runs": [{"name": c.name, "seed": c.seed, **last_scores(Path(f))} for c, f in zip(configs, folders)]}
     OUT.mkdir(exist_ok=True)
     (OUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    settings = next(iter(runs.values()))
-    sample = cityscapes(settings["data.target_root"], "val", size=settings["data.eval_size"])[3]
+    sample = cityscapes(configs[0].data.target_root, "val", size=configs[0].data.eval_size)[3]
     maps = [sample["label"], *predictions(Path(folders[0]), sample["image"])]
     rows = [sample["image"].permute(1, 2, 0), *(m[..., None].expand(-1, -1, 3).byte() for m in maps)]
     Image.fromarray(np.concatenate([np.asarray(r) for r in rows])).save(OUT / f"{name}_example.png", optimize=True)

@@ -1,0 +1,191 @@
+"""Whatever ends a run, the same command goes on, and the result is that of a run that was left alone."""
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from jobs import ENV, MODULE, SMALL, log, start, train, weights
+
+BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A folder in which the job has run without trouble."
+    cwd = tmp_path_factory.mktemp("resume")
+    began = time.time()
+    done = train(cwd, *BUSY, "--name", "whole")
+    assert done.returncode == 0, done.stderr
+    return cwd, time.time() - began
+
+
+def assert_as_undisturbed(cwd, name):
+    "Weights, log and the list of files are those of the undisturbed run."
+    for folder in ("model_abn", "model", "momentum", "best_by_target_labels"):
+        a, b = weights(cwd, "whole", folder), weights(cwd, name, folder)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), folder
+    logs = [(cwd / "runs" / n / "log.jsonl").read_text() for n in ("whole", name)]
+    assert logs[0] == logs[1]
+    files = [sorted(str(p.relative_to(cwd / "runs" / n)) for p in (cwd / "runs" / n).rglob("*")) for n in ("whole", name)]
+    assert files[0] == files[1]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < end: time.sleep(.01)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(whole, kills):
+    "Each start lives for a random time after its first sign of life, so that every part of the run is hit, the writing of checkpoints above all."
+    cwd, seconds = whole
+    dice, name = random.Random(kills), f"killed{kills}"
+    config = cwd / "runs" / name / "config.json"  # written anew by each start
+    for _ in range(kills):
+        began, process = time.time(), start(cwd, *BUSY, "--name", name)
+        wait_for(lambda began=began: config.exists() and config.stat().st_mtime >= began, process)
+        wait_for(lambda: False, process, dice.uniform(0, seconds / 2))
+        process.kill()
+        process.communicate()
+    done = train(cwd, *BUSY, "--name", name)
+    assert done.returncode == 0, done.stderr
+    assert_as_undisturbed(cwd, name)
+
+
+@pytest.mark.parametrize("number, stage", [(signal.SIGTERM, "abn"), (signal.SIGINT, "sac")])
+def test_signal(whole, number, stage):
+    "The step in progress is finished and saved."
+    cwd, _ = whole
+    name = f"signal{int(number)}"
+    args = ("--checkpoint-every", "100", "--log-every", "1", "--data.workers", "1", "--name", name)
+    process = start(cwd, *args)
+    path = cwd / "runs" / name / "log.jsonl"
+    wait_for(lambda: path.exists() and any(r["stage"] == stage for r in log(cwd, name)), process)
+    process.send_signal(number)
+    sent = time.time()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.time() - sent < 20
+    assert errors.strip().splitlines()[-1].startswith(f"stopped as asked ({stage}, step "), errors
+    assert list((cwd / "runs" / name / "checkpoints").glob(f"{stage}_*"))
+    done = train(cwd, *args)
+    assert done.returncode == 0 and f"{stage}: continued from step" in done.stdout
+    assert_as_undisturbed(cwd, name)
+
+
+def test_damaged_checkpoint(whole):
+    "A byte flips in the newest checkpoint; the one before takes its place."
+    cwd, _ = whole
+    run = cwd / "runs" / "damaged"
+    process = start(cwd, *BUSY, "--name", "damaged")
+    wait_for(lambda: len(list((run / "checkpoints").glob("sac_*[0-9]"))) == 2, process)
+    process.kill()
+    process.communicate()
+    newest = sorted((run / "checkpoints").glob("sac_*[0-9]"))[-1] / "state.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    done = train(cwd, *BUSY, "--name", "damaged")
+    assert done.returncode == 0 and f"{newest.parent.name}: damaged" in done.stdout
+    assert_as_undisturbed(cwd, "damaged")
+
+
+def limited(cwd, *args, size):
+    "The job on a file system where no file may grow beyond a size: what a full disk does to a checkpoint."
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return subprocess.run([sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV, preexec_fn=limit, capture_output=True, text=True, timeout=300)
+
+
+def test_full_disk(whole):
+    "The state is not written, what was there stays, and the message says so."
+    cwd, _ = whole
+    assert train(cwd, *BUSY, "--name", "full", "--stages", "abn", "--abn.steps", "6").returncode == 0
+    size = (cwd / "runs" / "full" / "model_abn" / "model.safetensors").stat().st_size
+    done = limited(cwd, *BUSY, "--name", "full", size=2 * size)  # a checkpoint of the joint stage holds four times the network
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "sac_0000001: could not be written" in done.stderr and "make room" in done.stderr
+    assert not list((cwd / "runs" / "full").rglob("*.tmp"))
+    done = limited(cwd, *BUSY, "--name", "full", "--when-full", "continue", size=2 * size)
+    assert done.returncode == 0 and "warning: " in done.stdout
+    assert_as_undisturbed(cwd, "full")
+
+
+def test_checkpoint_of_another_configuration(whole):
+    cwd, _ = whole
+    process = start(cwd, *BUSY, "--name", "mine")
+    folder = cwd / "runs" / "mine" / "checkpoints"
+    wait_for(lambda: list(folder.glob("abn_*[0-9]")), process)
+    process.kill()
+    process.communicate()
+    other = cwd / "runs" / "other"
+    assert train(cwd, *BUSY, "--name", "other", "--seed", "1", "--stages").returncode == 0  # no stage: an empty run
+    shutil.copytree(folder, other / "checkpoints")
+    done = train(cwd, *BUSY, "--name", "other", "--seed", "1")
+    assert done.returncode == 2 and "another configuration" in done.stderr and "seed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def children(pid):
+    "The processes that a process has started."
+    return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def test_dying_worker(whole):
+    cwd, _ = whole
+    args = (*BUSY, "--name", "worker", "--data.workers", "2")
+    process = start(cwd, *args)
+    path = cwd / "runs" / "worker" / "log.jsonl"
+    wait_for(lambda: path.exists() and len(log(cwd, "worker", stage="abn")) >= 1 and children(process.pid), process)
+    process.send_signal(signal.SIGSTOP)  # so that it has not read everything when its workers die
+    for pid in children(process.pid): os.kill(pid, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode:  # it may have had all batches already
+        assert process.returncode == 2 and "data worker" in errors and "died" in errors and len(errors.strip().splitlines()) == 1, errors
+    assert train(cwd, *args).returncode == 0
+    assert_as_undisturbed(cwd, "worker")
+
+
+IN_PROCESS = """
+import sys, time
+import sac_lit.{module} as m
+whole, calls = m.{name}, 0
+def trouble(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}: {what}
+    return whole(*args, **kwargs)
+m.{name} = trouble
+import sac_lit.train
+sac_lit.train.main(sys.argv[1:])
+"""
+
+
+def train_with(cwd, module, name, call, what, *args):
+    "The job, with something done at one call of a function of the library."
+    code = IN_PROCESS.format(module=module, name=name, call=call, what=what)
+    return train(cwd, *args, launch=("-c", code))
+
+
+def test_nan(whole):
+    "A loss that is no number in the third step of the joint stage: the step is not taken, and its images are named."
+    cwd, _ = whole
+    done = train_with(cwd, "ema_training", "focal_loss", 3, "return whole(*args, **kwargs) * float('nan')", *BUSY, "--name", "nan")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "sac stopped in step 3" in done.stderr and "target loss nan" in done.stderr and done.stderr.count(".png") == 4
+    assert sorted(p.name for p in (cwd / "runs" / "nan" / "checkpoints").iterdir()) == ["sac_0000001", "sac_0000002"]
+    assert train(cwd, *BUSY, "--name", "nan").returncode == 0
+    assert_as_undisturbed(cwd, "nan")
+
+
+def test_stalled_worker(whole):
+    cwd, _ = whole
+    done = train_with(cwd, "datasets", "open_image", 5, "time.sleep(3600)", *BUSY, "--name", "stalled", "--data.workers", "1", "--data.timeout", "3")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "data worker 0 of 1 delivered nothing for 3 s" in done.stderr and ".png" in done.stderr
+    assert train(cwd, *BUSY, "--name", "stalled").returncode == 0
+    assert_as_undisturbed(cwd, "stalled")

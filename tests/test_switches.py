@@ -1,0 +1,102 @@
+"""Precision and memory switches: what they may change in the result, and what not."""
+import copy
+import shutil
+
+import pytest
+import torch
+from jobs import log, train, weights
+
+from sac_lit.abn_pretraining import abn_step, freeze_bn
+from sac_lit.core import generator
+from sac_lit.crop_fusion import crop_theta
+from sac_lit.datasets import normalize, photometric_noise, source_view, target_views
+from sac_lit.deeplabv2 import build_model, param_groups, upsample
+from sac_lit.ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision
+from sac_lit.focal_loss import focal_loss
+from sac_lit.moving_threshold import ClassPrior
+from sac_lit.runs import recompute
+from sac_lit.toy_city import render
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    "A folder in which the job has run without any switch."
+    cwd = tmp_path_factory.mktemp("switches")
+    done = train(cwd, "--name", "plain")
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def difference(cwd, name):
+    "Relative distance of the final network to that of the plain run."
+    a, b = (weights(cwd, n) for n in ("plain", name))
+    return (sum((a[k].double() - b[k]).square().sum() for k in a) / sum(a[k].double().square().sum() for k in a)).sqrt().item()
+
+
+@pytest.mark.parametrize("name, args, most", [
+    ("recompute", ["--recompute"], 0.),
+    ("micro", ["--sac.micro-batch", "1"], 1e-3),
+    ("last", ["--channels-last"], .05),  # other kernels from the first step of pretraining on, and Adam
+    ("bf16", ["--mixed-precision", "bf16"], .1)])
+def test_switch(plain, name, args, most):
+    done = train(plain, "--name", name, *args)
+    assert done.returncode == 0, done.stderr
+    assert difference(plain, name) <= most
+    for a, b in zip(log(plain, "plain", event="step"), log(plain, name, event="step"), strict=True):
+        assert abs(a["loss_source"] - b["loss_source"]) <= most * a["loss_source"] * 2
+
+
+def test_precision_belongs_to_the_configuration(plain):
+    done = train(plain, "--name", "plain", "--mixed-precision", "bf16")
+    assert done.returncode == 2 and "mixed_precision no there, bf16 here" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++")), reason="torch.compile needs a C++ compiler")
+def test_compile(plain):
+    done = train(plain, "--name", "compile", "--compile", timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert difference(plain, "compile") < .05
+
+
+@pytest.mark.parametrize("arch", ["deeplabv2_resnet101", "deeplabv2_vgg16"])
+def test_recomputed_gradients_are_the_same(arch):
+    "Also in training mode, where batch norm must move its statistics once."
+    torch.manual_seed(0)
+    net = build_model(arch, 3)
+    other, x = recompute(copy.deepcopy(net)), torch.randn(2, 3, 33, 41)
+    for n in (net, other): n.train()(x).square().mean().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), other.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(net.buffers(), other.buffers()))
+
+
+def test_bf16_networks_give_the_same_pseudo_labels_and_loss():
+    "On a network that has learned something, 99 % of the pseudo labels and the loss to 1 %."
+    size = (64, 128)
+    torch.manual_seed(0)
+    model = build_model("deeplabv2_tiny", 19)
+    optimizer = torch.optim.Adam(param_groups(model, 3e-3, 5e-4))
+    pairs = [render("source", "train", i, size) for i in range(16)]
+    for step in range(80):
+        views = [source_view(*pairs[(4 * step + slot) % 16], generator(0, "abn", step, slot), size, scale=(1., 2.)) for slot in range(4)]
+        images, labels = map(torch.stack, zip(*views))
+        abn_step(model, optimizer, normalize(images), labels, normalize(images))
+    freeze_bn(model)
+    groups = [target_views(render("target", "train", i, size)[0], generator(0, "target", i), size) for i in range(8)]
+    clean, boxes, flips = map(torch.stack, zip(*groups))
+    noisy = torch.stack([torch.stack([photometric_noise(v, generator(0, "noise", i, t)) for t, v in enumerate(g)]) for i, g in enumerate(clean)])
+    views = Views(normalize(clean), normalize(noisy), crop_theta(*boxes.unbind(-1), size, flips))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        prior = ClassPrior(19, init=1e-2)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            labels, confidence, fused = pseudo_supervision(MomentumNetwork(model), prior, views, SelfSupervision(beta=1e-2))
+            logits = model(views.noisy.flatten(0, 1))
+            assert logits.dtype == dtype and fused.dtype == confidence.dtype == prior.chi.dtype == torch.float32
+            loss = focal_loss(upsample(logits.float(), size), labels, confidence, prior.chi)
+            assert loss.dtype == torch.float32
+        found[dtype] = labels, loss
+    (labels, loss), (labels_bf16, loss_bf16) = found.values()
+    assert (labels != 255).float().mean() > .3
+    assert (labels == labels_bf16).float().mean() > .99
+    assert abs(loss - loss_bf16) < .01 * loss
