@@ -41,14 +41,14 @@ from .core import UserError
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, StepSampler, epoch_index
 from .ema_training import SelfSupervision
 
-# %% ../nbs/08a_runs.ipynb #f9f0f153
+# %% ../nbs/08a_runs.ipynb #cd596ae3
 @dataclass(frozen=True)
 class DataConfig:
     "Where the images are, and how they are read."
     source: Literal["gta5", "synthia", "folder"] = "gta5"  # layout of the labelled source
     source_root: str = "data/gta5"  # folder of the source; with layout folder, of its images
     source_labels: str | None = None  # layout folder: label maps of the source
-    source_frames: str | None = None  # file that lists the source images to use, one a line
+    source_frames: str | None = None  # file that lists the source images to use, one a line; released: the first 9000 of GTA5
     source_size: tuple[int, int] | None = (1052, 1914)  # height and width to which source images are resized on loading
     source_mean: tuple[float, float, float] = IMAGENET_MEAN  # mean that normalises source images
     source_std: tuple[float, float, float] = IMAGENET_STD  # standard deviation that normalises source images

@@ -11,7 +11,7 @@ __all__ = ['TOY_DATA', 'TOY', 'TOY_LONG', 'FOLDER', 'FOLDER_CPU', 'PRESETS', 'SU
            'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'pictured', 'figure_of_examples',
            'figure_of_views', 'html_table', 'html_figure', 'write_report', 'train', 'report', 'main']
 
-# %% ../nbs/09_train.ipynb #4e0dc84e
+# %% ../nbs/09_train.ipynb #4bf06af6
 import base64
 import copy
 import html
@@ -31,7 +31,7 @@ from .abn_pretraining import abn_step, freeze_bn, share_statistics
 from .core import NAMES, ConfusionMatrix, UserError, class_bars, class_legend, colorize, colors_of, generator, seed_of, show, subset, use_style
 from .crop_fusion import crop_theta
 from .datasets import (IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, cityscapes, folder, gta5, matching_statistics,
-                              normalize, photometric_noise, read_classes, source_view, synthia, target_views)
+                              normalize, photometric_noise, read_classes, released_gta5_frames, source_view, synthia, target_views)
 from .deeplabv2 import SegmentationModel, build_model, param_groups, upsample
 from .ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision, sac_step
 from .importance_sampling import class_frequency, draw, sampling_weights
@@ -40,7 +40,7 @@ from .runs import (ABNConfig, Config, DataConfig, OptimConfig, Run, SACConfig, S
                           load_config, names_of, open_run, recompute, remove, run_stage, walk, written_aside)
 from .toy_city import write_dataset
 
-# %% ../nbs/09_train.ipynb #caafb2cc
+# %% ../nbs/09_train.ipynb #7eb0e213
 TOY_DATA = DataConfig(source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
                       workers=0, toy=True, toy_size=(96, 192))
 TOY = Config(
@@ -48,19 +48,18 @@ TOY = Config(
     abn=ABNConfig(optimizer="adam", lr=3e-3, schedule="poly", steps=800, source_batch=8, target_batch=8, crop=(96, 192), scale=(1., 2.), jitter=0.),
     sac=SACConfig(optimizer="adam", lr=5e-4, schedule="poly", steps=1000, source_batch=4, crop=(96, 192), source_scale=(1., 2.), blur=.4, period=1,
                   loss=SelfSupervision(zeta=.75, beta=1e-2, floor=.2, target_weight=2.)))
-TOY_LONG = replace(TOY, name="toy_long", eval_every=1000, checkpoint_every=500, abn=replace(TOY.abn, steps=1200),
-                   sac=replace(TOY.sac, steps=5000, period=4))
+TOY_LONG = replace(TOY, name="toy_long", eval_every=500, checkpoint_every=500, sac=replace(TOY.sac, steps=5000, period=4, source_scale=(.7, 1.7)))
 
 def paper(source: str, arch: str, **lr) -> Config:
     "The settings of a released model."
     mean, std = matching_statistics(source)
-    sizes = {"gta5": (1052, 1914), "synthia": None}
-    data = DataConfig(source=source, source_root=f"data/{source}", source_size=sizes[source], source_mean=mean, source_std=std)
+    size, frames = {"gta5": ((1052, 1914), "released"), "synthia": (None, None)}[source]
+    data = DataConfig(source=source, source_root=f"data/{source}", source_frames=frames, source_size=size, source_mean=mean, source_std=std)
     resnet = arch == "deeplabv2_resnet101"
-    abn = ABNConfig(**lr) if resnet else ABNConfig(steps=64_600, source_batch=16, target_batch=2, jitter=.4, **lr)
+    abn = ABNConfig(**lr) if resnet else ABNConfig(steps=56_200, source_batch=16, target_batch=2, jitter=.4, **lr)
     loss = SelfSupervision(floor=.2, target_weight=5.) if resnet else SelfSupervision(floor=.1, target_weight=2.)
     return Config(name=f"{source}_{arch.split('_')[0] if arch.startswith('fcn') else arch.split('_')[1]}", arch=arch, data=data, abn=abn,
-                  sac=SACConfig(loss=loss, **lr), eval_every=5000)
+                  sac=SACConfig(steps=108_000, hard_counts=True, loss=loss, **lr), eval_every=5000)
 
 FOLDER = Config(name="folder", arch="deeplabv2_resnet101",
                 data=DataConfig(source="folder", source_root="", target="folder", target_root="", source_size=None, target_size=None),
@@ -71,7 +70,7 @@ FOLDER_CPU = replace(TOY, name="folder_cpu", data=replace(FOLDER.data, source_si
 
 PRESETS = {
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
-    "toy_long": ("The toy city with five times the SAC steps and a slower momentum network.", TOY_LONG),
+    "toy_long": ("The toy city with five times the SAC steps, a slower momentum network and smaller scales of the source.", TOY_LONG),
     "gta5_resnet101": ("GTA5 to Cityscapes, DeepLabv2 on ResNet-101.", paper("gta5", "deeplabv2_resnet101")),
     "gta5_vgg16": ("GTA5 to Cityscapes, DeepLabv2 on VGG-16.", paper("gta5", "deeplabv2_vgg16")),
     "gta5_fcn8s": ("GTA5 to Cityscapes, FCN-8s on VGG-16.", paper("gta5", "fcn8s_vgg16", lr=5e-4)),
@@ -93,7 +92,7 @@ def absent_classes(source: str) -> tuple[int, ...]:
     "Train ids that a source does not have."
     return tuple(set(range(len(NAMES))) - set(subset(16))) if source == "synthia" else ()
 
-# %% ../nbs/09_train.ipynb #c2b22c4d
+# %% ../nbs/09_train.ipynb #779d4b48
 def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     "The labelled source, the target's training images (without labels) and its validation images, None where there are none."
     d = run.cfg.data
@@ -110,9 +109,10 @@ def needed(value, option: str):
 
 def source_data(d: DataConfig) -> SegmentationDataset:
     "The labelled source."
-    if d.source != "folder": return {"gta5": gta5, "synthia": synthia}[d.source](d.source_root, size=d.source_size, frames=d.source_frames)
+    frames = released_gta5_frames() if d.source_frames == "released" else d.source_frames
+    if d.source != "folder": return {"gta5": gta5, "synthia": synthia}[d.source](d.source_root, size=d.source_size, frames=frames)
     return folder(needed(d.source_root, "source-root"), needed(d.source_labels, "source-labels"), needed(d.classes, "classes"),
-                  ignore=d.ignore, size=d.source_size, frames=d.source_frames)
+                  ignore=d.ignore, size=d.source_size, frames=frames)
 
 def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
     "The target's training images; with labels for the oracle only."

@@ -22,7 +22,8 @@ def test_presets_are_the_released_settings():
         assert c.abn.lr == c.sac.lr == (5e-4 if fcn else 2.5e-4)
         assert (c.abn.source_batch, c.abn.target_batch, c.abn.jitter) == ((12, 8, .5) if resnet else (16, 2, .4))
         assert (c.sac.loss.target_weight, c.sac.loss.floor) == ((5, .2) if resnet else (2, .1))
-        assert c.data.source_size == ((1052, 1914) if "gta5" in name else None) and c.data.source_mean != c.data.source_std
+        assert c.data.source_size == ((1052, 1914) if "gta5" in name else None) and c.data.source_frames == ("released" if "gta5" in name else None)
+        assert c.sac.hard_counts and c.sac.uniform == .25 and c.sac.steps == 108_000 and c.abn.steps == (75_000 if resnet else 56_200)
     assert sorted(absent_classes("synthia")) == [9, 14, 16] and [len(v) for v in SUBSETS.values()] == [16, 13]
     assert configs["gta5_vgg16"] == paper("gta5", "deeplabv2_vgg16")
 

@@ -126,3 +126,14 @@ def test_report_is_drawn_again_from_the_log_alone(finished):
     assert done.returncode == 0 and page.read_text() == before, done.stderr
     done = subprocess.run([sys.executable, "-m", "sac_lit.train", "report", "runs/none"], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "runs/none" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_tracker(finished):
+    pytest.importorskip("tensorboard", reason="not among the project's packages; Accelerate finds whatever tracker is installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    cwd, _ = finished
+    done = train(cwd, "--name", "tracked", "--tracker", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(cwd / "runs" / "tracked" / "sac_lit"), size_guidance={"images": 0}).Reload()
+    assert [s.step for s in events.Scalars("abn/loss_source")] == [2, 4, 6] and [s.step for s in events.Scalars("sac/loss_target")] == [8, 10, 12]
+    assert events.Images("sac/views")
