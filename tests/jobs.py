@@ -21,9 +21,9 @@ def train(cwd, *args, launch=MODULE, **kwargs):
     return subprocess.run([sys.executable, *launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, capture_output=True, text=True, **{"timeout": 300, **kwargs})
 
 
-def start(cwd, *args):
+def start(cwd, *args, launch=MODULE):
     "The same in the background."
-    return subprocess.Popen([sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def weights(cwd, name="toy", folder="model"):

@@ -1,9 +1,12 @@
 """One training on any number of processes and workers: the same batches, losses and weights."""
+import re
 import shutil
+import signal
+import time
 
 import pytest
 import torch
-from jobs import launched, log, train, weights
+from jobs import launched, log, start, train, weights
 
 SGD = ("--abn.optimizer sgd --abn.lr 1e-3 --sac.optimizer sgd --sac.lr 1e-3 --sac.schedule constant --sac.steps 10 --sac.source-batch 4 "
        "--sac.groups 2 --sac.num-crops 3 --sac.loss.floor 0 --abn.source-batch 4 --abn.target-batch 4 --eval-every 0").split()  # Adam would turn a rounding error in a gradient near 0 into a step
@@ -69,3 +72,18 @@ def test_workers_change_nothing(one):
             a, b = weights(one, "workers0", folder), weights(one, other, folder)
             assert all(torch.equal(a[k], b[k]) for k in a)
         assert log(one, "workers0") == log(one, other)
+
+
+def test_a_signal_reaches_all_processes(one):
+    "SIGTERM to the launcher: all processes leave after the same step, the state is saved, and one process continues from it."
+    args = (*SGD, "--abn.steps", "400", "--log-every", "1", "--checkpoint-every", "1000", "--name", "signal", "--stages", "abn")
+    process = start(one, *args, launch=launched(2))
+    path = one / "runs" / "signal" / "log.jsonl"
+    end = time.time() + 120
+    while time.time() < end and process.poll() is None and not (path.exists() and log(one, "signal")): time.sleep(.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and "stopped as asked (abn, step " in errors, errors
+    saved = [p.name for p in (one / "runs" / "signal" / "checkpoints").iterdir()]
+    steps = {int(m) for m in re.findall(r"stopped as asked \(abn, step (\d+) of 400\)", errors)}
+    assert len(steps) == 1 and saved == [f"abn_{steps.pop():07d}"]

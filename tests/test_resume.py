@@ -25,14 +25,14 @@ def whole(tmp_path_factory):
     return cwd, time.time() - began
 
 
-def assert_as_undisturbed(cwd, name):
+def assert_as_undisturbed(cwd, name, whole="whole"):
     "Weights, log and the list of files are those of the undisturbed run."
     for folder in ("model_abn", "model", "momentum", "best_by_target_labels"):
-        a, b = weights(cwd, "whole", folder), weights(cwd, name, folder)
+        a, b = weights(cwd, whole, folder), weights(cwd, name, folder)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), folder
-    logs = [(cwd / "runs" / n / "log.jsonl").read_text() for n in ("whole", name)]
+    logs = [(cwd / "runs" / n / "log.jsonl").read_text() for n in (whole, name)]
     assert logs[0] == logs[1]
-    files = [sorted(str(p.relative_to(cwd / "runs" / n)) for p in (cwd / "runs" / n).rglob("*")) for n in ("whole", name)]
+    files = [sorted(str(p.relative_to(cwd / "runs" / n)) for p in (cwd / "runs" / n).rglob("*")) for n in (whole, name)]
     assert files[0] == files[1]
 
 
@@ -41,21 +41,24 @@ def wait_for(condition, process, seconds=120):
     while not condition() and process.poll() is None and time.time() < end: time.sleep(.01)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(whole, kills):
+@pytest.mark.parametrize("kills, steps", [(2, "6"), pytest.param(25, "60", marks=pytest.mark.slow)])
+def test_killed_at_random_moments(whole, kills, steps):
     "Each start lives for a random time after its first sign of life, so that every part of the run is hit, the writing of checkpoints above all."
-    cwd, seconds = whole
-    dice, name = random.Random(kills), f"killed{kills}"
+    cwd, _ = whole
+    args = (*BUSY, "--abn.steps", steps, "--sac.steps", steps)
+    began = time.time()
+    assert train(cwd, *args, "--name", f"whole{kills}").returncode == 0
+    dice, name, work = random.Random(kills), f"killed{kills}", time.time() - began
     config = cwd / "runs" / name / "config.json"  # written anew by each start
     for _ in range(kills):
-        began, process = time.time(), start(cwd, *BUSY, "--name", name)
+        began, process = time.time(), start(cwd, *args, "--name", name)
         wait_for(lambda began=began: config.exists() and config.stat().st_mtime >= began, process)
-        wait_for(lambda: False, process, dice.uniform(0, seconds / 2))
+        wait_for(lambda: False, process, dice.uniform(0, 2 * work / (kills + 1)))
         process.kill()
         process.communicate()
-    done = train(cwd, *BUSY, "--name", name)
+    done = train(cwd, *args, "--name", name)
     assert done.returncode == 0, done.stderr
-    assert_as_undisturbed(cwd, name)
+    assert_as_undisturbed(cwd, name, f"whole{kills}")
 
 
 @pytest.mark.parametrize("number, stage", [(signal.SIGTERM, "abn"), (signal.SIGINT, "sac")])

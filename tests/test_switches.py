@@ -1,6 +1,8 @@
 """Precision and memory switches: what they may change in the result, and what not."""
 import copy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,6 +59,22 @@ def test_compile(plain):
     done = train(plain, "--name", "compile", "--compile", timeout=900)
     assert done.returncode == 0, done.stderr
     assert difference(plain, "compile") < .05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bf16_on_a_gpu_reaches_what_float32_reaches(tmp_path):
+    "The preset toy, three seeds each: the means of mIoU differ by less than their standard deviation."
+    scores = {}
+    for precision in ("no", "bf16"):
+        for seed in range(3):
+            name = f"{precision}{seed}"
+            command = [sys.executable, "-m", "sac_lit.train", "toy", "--name", name, "--seed", str(seed), "--mixed-precision", precision]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+            assert done.returncode == 0, done.stderr
+            scores.setdefault(precision, []).append(log(tmp_path, name, event="evaluation", stage="sac", network="student")[-1]["miou"])
+    full, half = (torch.tensor(s) for s in scores.values())
+    assert (full.mean() - half.mean()).abs() < max(full.std(), half.std()), scores
 
 
 @pytest.mark.parametrize("arch", ["deeplabv2_resnet101", "deeplabv2_vgg16"])
