@@ -6,9 +6,9 @@
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'subset', 'colorize', 'colors_of', 'use_style',
            'class_legend', 'show', 'ConfusionMatrix', 'class_bars', 'seed_of', 'generator', 'UserError']
 
-# %% ../nbs/00_core.ipynb #f52dd1d2
-import colorsys
+# %% ../nbs/00_core.ipynb #8e22b476
 import hashlib
+import itertools
 import operator
 from typing import NamedTuple
 
@@ -67,14 +67,20 @@ def colorize(labels: torch.Tensor | np.ndarray,  # train ids, any shape (..., H,
     table[:len(colors)] = colors
     return table[np.clip(np.asarray(labels), 0, 255)]
 
-# %% ../nbs/00_core.ipynb #b8d731e2
+# %% ../nbs/00_core.ipynb #035431f4
 def colors_of(names) -> tuple[tuple[int, int, int], ...]:
-    "RGB of classes by name: the class table's where it has the name, a hue by position otherwise."
+    "RGB of classes by name: the class table's where it has the name, otherwise one that is far from all others."
     known = {c.name: c.color for c in CLASSES}
-    hue = lambda i: tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * .618 % 1, .55 + .2 * (i % 3), .9))
-    return tuple(known.get(name, hue(i)) for i, name in enumerate(names))
+    grid = np.array(list(itertools.product(range(40, 241, 33), repeat=3)))  # (343, 3)
+    colors = [known.get(name) for name in names]
+    taken = [(0, 0, 0), (255, 255, 255), *filter(None, colors)]
+    for i in (i for i, color in enumerate(colors) if color is None):
+        distance = ((grid[:, None] - np.array(taken)) ** 2).sum(-1).min(1)  # of each candidate to the nearest that is taken
+        colors[i] = tuple(grid[distance.argmax()].tolist())
+        taken.append(colors[i])
+    return tuple(colors)
 
-# %% ../nbs/00_core.ipynb #705ac0ee
+# %% ../nbs/00_core.ipynb #65da0623
 def use_style() -> None:
     "The look of all figures: quiet, legible in print, with a palette that colour-blind readers can tell apart."
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=.8,
@@ -83,11 +89,11 @@ def use_style() -> None:
 
 def class_legend(classes=range(len(CLASSES)),  # train ids to name
                  names=NAMES,
-                 colors=tuple(c.color for c in CLASSES),
+                 colors=None,  # RGB of each; by default `colors_of(names)`
                  **kwargs,  # passed to matplotlib's `legend`
                 ) -> None:
     "Name the colours of some classes below the current figure, which grows by the room for them."
-    fig, classes = plt.gcf(), list(classes)
+    fig, classes, colors = plt.gcf(), list(classes), colors or colors_of(names)
     ncols = max(1, min(len(classes), int(fig.get_figwidth() / 1.15)))
     fig.set_figheight(fig.get_figheight() + .22 * -(-len(classes) // ncols) + .1)
     handles = [Patch(facecolor=np.array(colors[c]) / 255, label=names[c]) for c in classes]
@@ -98,6 +104,7 @@ def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of int
          ncols: int | None = None,  # panels in a row; by default all
          width: float = 3.,  # inches a panel
          vmin=0., vmax=None,  # range of heat maps
+         names=NAMES,  # of the classes, which have their colours in label maps
         ) -> list:  # the axes
     "Draw images, label maps and heat maps side by side."
     ncols = ncols or len(panels)
@@ -114,7 +121,7 @@ def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of int
         elif x.is_floating_point():
             fig.colorbar(ax.imshow(x, cmap="viridis", vmin=vmin, vmax=vmax), ax=ax, shrink=.8)
         else:
-            ax.imshow(colorize(x))
+            ax.imshow(colorize(x, colors_of(names)))
         ax.set_title(title)
     return list(axes.flat)
 

@@ -9,7 +9,7 @@ __all__ = ['VIDEOS', 'load_network', 'views', 'rows_between', 'strips', 'predict
            'submission', 'facts', 'export_onnx', 'export_torch', 'export', 'Network', 'Views', 'Evaluate', 'Label',
            'Submit', 'Export', 'main']
 
-# %% ../nbs/10_predict.ipynb #c2f59bc5
+# %% ../nbs/10_predict.ipynb #622dac5e
 import importlib
 import json
 import os
@@ -33,7 +33,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from .core import CLASSES, LEFT_OUT, NAMES, ConfusionMatrix, UserError, colorize, colors_of, generator, subset, use_style
-from .datasets import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, FileError, SegmentationDataset, cityscapes, folder, gta5, normalize, open_image, synthia
+from .datasets import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, FileError, SegmentationDataset, cityscapes, folder, gta5, normalize, open_image, open_rgb, synthia
 from .deeplabv2 import SegmentationModel, load_snapshot
 from .runs import differences, written_aside
 
@@ -173,7 +173,7 @@ def overlay(image: torch.Tensor,   # uint8 (3, H, W)
     "An image tinted with the colours of its classes."
     return (image.permute(1, 2, 0).numpy() // 2) + colorize(labels, colors_of(names)) // 2
 
-# %% ../nbs/10_predict.ipynb #9dbc2db2
+# %% ../nbs/10_predict.ipynb #edd1fde1
 def label_images(model: SegmentationModel,
                  jobs: dict[Path, tuple[Path, Path | None]],  # {image: (its label map, its overlay or None)}
                  ids: str = "train", scales=(1.,), flip: bool = False,  # as in `id_values` and `views`
@@ -183,7 +183,7 @@ def label_images(model: SegmentationModel,
     todo = [image for image, made in jobs.items() if not all(path is None or path.exists() for path in made)]
     def decoded():
         for path in todo:
-            try: yield path, torch.from_numpy(np.array(open_image(path).convert("RGB"))).permute(2, 0, 1)
+            try: yield path, torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
             except FileError as e: unreadable.append(str(e))
     predicted = ((path, image, predict(model, image, scales, flip)) for path, image in ahead(decoded()))
     for path, image, labels in progress(ahead(predicted), len(todo)):

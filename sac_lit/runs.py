@@ -41,14 +41,14 @@ from .core import UserError
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, StepSampler, epoch_index
 from .ema_training import SelfSupervision
 
-# %% ../nbs/08a_runs.ipynb #cd596ae3
+# %% ../nbs/08a_runs.ipynb #49b0ffe0
 @dataclass(frozen=True)
 class DataConfig:
     "Where the images are, and how they are read."
     source: Literal["gta5", "synthia", "folder"] = "gta5"  # layout of the labelled source
     source_root: str = "data/gta5"  # folder of the source; with layout folder, of its images
     source_labels: str | None = None  # layout folder: label maps of the source
-    source_frames: str | None = None  # file that lists the source images to use, one a line; released: the first 9000 of GTA5
+    source_frames: str | None = None  # file that lists the source images to use, one a line; released: the first 10 000 of GTA5, from which the released models' were drawn
     source_size: tuple[int, int] | None = (1052, 1914)  # height and width to which source images are resized on loading
     source_mean: tuple[float, float, float] = IMAGENET_MEAN  # mean that normalises source images
     source_std: tuple[float, float, float] = IMAGENET_STD  # standard deviation that normalises source images
@@ -307,7 +307,7 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     if cfg.tracker: accelerator.init_trackers("sac_lit", config={k: str(v) for k, v in settings(cfg).items()})
     return run
 
-# %% ../nbs/08a_runs.ipynb #43deb948
+# %% ../nbs/08a_runs.ipynb #455215bf
 def walk(run: Run, stage: str, dataset: SegmentationDataset, batch: int):
     "Pick images by fresh permutations of the data set (`epoch_index`)."
     return lambda step, slot: epoch_index(run.cfg.seed, stage, step, slot, batch, len(dataset))
@@ -321,8 +321,8 @@ def batches(run: Run, dataset: SegmentationDataset, start: int, steps: int, slot
         for batch in loader:
             yield batch
             step += 1
-    except RuntimeError as e:
-        if "DataLoader" not in str(e): raise
+    except (RuntimeError, ConnectionError, EOFError) as e:                  # the last two: it died in the middle of a word
+        if isinstance(e, RuntimeError) and "DataLoader" not in str(e): raise
         if run.stop.number: raise Stopped(f"while it waited for step {step + 1}") from e              # the signal met the workers, too
         names = ", ".join(str(dataset.images[pick(step, slot)]) for slot in slots)
         what = f"delivered nothing for {run.cfg.data.timeout} s" if "timed out" in str(e) else f"or one of its neighbours died ({' '.join(str(e).split())})"

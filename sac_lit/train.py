@@ -8,10 +8,10 @@ __all__ = ['TOY_DATA', 'TOY', 'TOY_LONG', 'FOLDER', 'FOLDER_CPU', 'PRESETS', 'SU
            'val_data', 'source_batch', 'target_batch', 'evaluate', 'log_evaluations', 'build_optimizer', 'set_lr',
            'prepare', 'seed_dropout', 'supervised_steps', 'target_frequencies', 'sac_steps', 'warnings_in', 'watch',
            'finish', 'load_stage', 'train_supervised', 'train_sac', 'results', 'means_of', 'result_rows',
-           'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'pictured', 'figure_of_examples',
+           'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
            'figure_of_views', 'html_table', 'html_figure', 'write_report', 'train', 'report', 'main']
 
-# %% ../nbs/09_train.ipynb #4bf06af6
+# %% ../nbs/09_train.ipynb #d08d3ac4
 import base64
 import copy
 import html
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
 
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
-from .core import NAMES, ConfusionMatrix, UserError, class_bars, class_legend, colorize, colors_of, generator, seed_of, show, subset, use_style
+from .core import NAMES, ConfusionMatrix, UserError, class_bars, class_legend, generator, seed_of, show, subset, use_style
 from .crop_fusion import crop_theta
 from .datasets import (IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, cityscapes, folder, gta5, matching_statistics,
                               normalize, photometric_noise, read_classes, released_gta5_frames, source_view, synthia, target_views)
@@ -365,7 +365,7 @@ def result_table(run: Run) -> str:
     cell = lambda x: x if isinstance(x, str) else "-" if x is None else f"{x:.1f}"
     return "\n".join(f"{first:14}" + "".join(f"{cell(x):>12}" for x in rest) for first, *rest in result_rows(run))
 
-# %% ../nbs/09_train.ipynb #d7fdd4f6
+# %% ../nbs/09_train.ipynb #0bfe2f01
 def save_figure(run: Run, name: str) -> None:
     "Save the current figure to the run's folder."
     (run.folder / "figures").mkdir(exist_ok=True)
@@ -397,10 +397,6 @@ def figure_of_classes(run: Run) -> None:
     class_bars({t: [x or 0 for x in r["iou"]] for t, r in results(run).items()}, ylabel="IoU (%)", names=class_names(run.cfg))
     save_figure(run, "classes")
 
-def pictured(label: torch.Tensor, names) -> torch.Tensor:  # (H, W) -> uint8 (3, H, W)
-    "A label map in the colours of its classes."
-    return torch.from_numpy(colorize(label, colors_of(names))).permute(2, 0, 1)
-
 @torch.no_grad()
 def figure_of_examples(run: Run, data: dict, count: int = 4) -> None:
     "Images of the target, their labels where there are any, and what each stage's network says."
@@ -411,10 +407,10 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> None:
         x = normalize(sample["image"][None].to(run.device) / 255)
         maps = [sample["label"]] if data["val"] else []
         maps += [upsample(n(x).float(), x.shape[-2:]).argmax(1)[0].cpu() for n in networks]
-        panels += [sample["image"], *(pictured(m, names) for m in maps)]
+        panels += [sample["image"], *maps]
     titles = ("target image", *["label"] * bool(data["val"]), *(TITLES[s] for s in stages))
-    show(*panels, titles=titles, ncols=len(titles), width=11 / len(titles))
-    class_legend(range(len(names)), names, colors_of(names))
+    show(*panels, titles=titles, ncols=len(titles), width=11 / len(titles), names=names)
+    class_legend(range(len(names)), names)
     save_figure(run, "examples")
 
 def figure_of_views(run: Run, teacher, prior: ClassPrior, target: SegmentationDataset, step: int) -> None:
@@ -423,10 +419,10 @@ def figure_of_views(run: Run, teacher, prior: ClassPrior, target: SegmentationDa
     views = target_batch(run, {"image": target[i]["image"][None]}, run.cfg.sac.steps, Share(range(i, i + 1)))
     labels, confidence, fused = pseudo_supervision(teacher, copy.deepcopy(prior), views, run.cfg.sac.loss)
     plain = lambda x: (x.cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]).clamp(0, 1)
-    panels = [p for t in range(len(labels)) for p in (plain(views.clean[0, t]), plain(views.noisy[0, t]), pictured(fused[0, t].argmax(0).cpu(), names),
-                                                      confidence[t], pictured(labels[t].cpu(), names))]
-    show(*panels, titles=("for the momentum network", "for the student", "fused prediction", "confidence", "pseudo labels"), ncols=5, width=2.3, vmax=1)
-    class_legend(range(len(names)), names, colors_of(names))
+    panels = [p for t in range(len(labels)) for p in (plain(views.clean[0, t]), plain(views.noisy[0, t]), fused[0, t].argmax(0).cpu(),
+                                                      confidence[t], labels[t].cpu())]
+    show(*panels, titles=("for the momentum network", "for the student", "fused prediction", "confidence", "pseudo labels"), ncols=5, width=2.3, vmax=1, names=names)
+    class_legend(range(len(names)), names)
     plt.gcf().canvas.draw()
     drawn = torch.from_numpy(np.asarray(plt.gcf().canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)[None]
     for tracker in run.accelerator.trackers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, ConfusionMatrix, colorize, generator, seed_of
+from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, ConfusionMatrix, colorize, colors_of, generator, seed_of
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -29,6 +29,20 @@ def test_colorize_maps_each_value_by_the_table():
     assert [tuple(c) for c in flat[:19].tolist()] == [c.color for c in CLASSES]
     assert not flat[19:].any()
     assert np.array_equal(colorize(labels.long()), colors) and np.array_equal(colorize(labels.numpy()), colors)
+
+
+def test_colours_of_any_class_list():
+    assert colors_of(NAMES) == tuple(c.color for c in CLASSES)
+    mixed = colors_of(("water", "road", "ship", "sky"))
+    assert mixed[1] == CLASSES[0].color and mixed[3] == CLASSES[10].color and mixed == colors_of(["water", "road", "ship", "sky"])
+    many = np.array(colors_of([f"class {i}" for i in range(255)]))
+    assert many.min() >= 0 and many.max() <= 255 and len(np.unique(many, axis=0)) == 255
+    few = many[:20].astype(int)
+    everything = [np.zeros(3), np.full(3, 255), *few]  # black has no class, white is the paper
+    assert min(np.abs(a - b).max() for k, a in enumerate(everything) for b in everything[:k]) > 60
+    with_sky = colors_of([f"class {i}" for i in range(10)] + ["sky"])
+    assert min(np.abs(np.subtract(c, CLASSES[10].color)).max() for c in with_sky[:-1]) > 60
+    assert tuple(colorize(np.array([[3]]), mixed)[0, 0]) == mixed[3]
 
 
 # ---------------------------------------------------------------- confusion matrix

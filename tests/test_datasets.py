@@ -4,18 +4,20 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from sac_lit.core import CLASSES, IGNORE_INDEX, UserError, generator
+from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, UserError, generator
 from sac_lit.datasets import (COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, LAYOUTS, FileError, SegmentationDataset, StepSampler, cityscapes, cut,
-                              epoch_index, find_images, folder, gta5, label_paths, matching_statistics, normalize, photometric_noise, random_box, read_classes, source_view,
-                              synthia, target_views)
+                              epoch_index, find_images, folder, gta5, in_parallel, label_paths, main, matching_statistics, normalize, open_rgb, photometric_noise, random_box,
+                              read_classes, released_gta5_frames, source_view, synthia, target_views)
 from sac_lit.toy_city import render, write_dataset, write_png16
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
@@ -384,6 +386,19 @@ def test_lists_of_frames(gta, tmp_path):
     text = message(gta5, gta, frames=tmp_path/"list.txt")
     assert "list.txt: 7 of its 7 images" in text and "images/4.png, ..." in text and "images/5.png" not in text
     assert "none.txt" in message(gta5, gta, frames=tmp_path/"none.txt")
+    (tmp_path/"list.txt").write_bytes(b"\xef\xbb\xbfimages/00003.png\r\n./images/00005.png \r\n")  # from an editor on Windows
+    assert [p.name for p in gta5(gta, frames=tmp_path/"list.txt").images] == ["00003.png", "00005.png"]
+    assert [p.name for p in gta5(gta, frames=[gta/"images/00004.png"]).images] == ["00004.png"]
+    for other in ("/elsewhere/00001.png", "../images/00001.png", "labels/00002.png"): assert f"1 of its 1 images are not among those in {gta}: {other}" in message(gta5, gta, frames=[other])
+    (tmp_path/"list.txt").write_text("\n \n")
+    assert "names no images" in message(gta5, gta, frames=tmp_path/"list.txt") and "names no images" in message(gta5, gta, frames=[])
+    (tmp_path/"list.txt").write_bytes(b"\xff\xfe\0")
+    assert "not UTF-8" in message(gta5, gta, frames=tmp_path/"list.txt")
+
+
+def test_frames_of_the_released_models():
+    frames = released_gta5_frames()
+    assert len(set(frames)) == 10000 and frames[0] == "images/00001.png" and frames[-1] == "images/10000.png"
 
 
 def test_cityscapes_in_train_ids(city, tmp_path):
@@ -391,6 +406,7 @@ def test_cityscapes_in_train_ids(city, tmp_path):
     whole = [cityscapes(root, "train")[i]["label"] for i in range(3)]
     for path, label in zip(cityscapes(root, "train").labels, whole): Image.fromarray(label.numpy()).save(str(path).replace("labelIds", "labelTrainIds"))
     for path in cityscapes(root, "train").labels: path.unlink()
+    assert len(cityscapes(root, "val").labels) == 2 and "labelIds" in cityscapes(root, "val").labels[0].name  # each split by its own files
     for path in (root/"gtFine/val").rglob("*.png"): path.unlink()
     assert all(torch.equal(a, cityscapes(root, "train")[i]["label"]) for i, a in enumerate(whole))
 
@@ -400,7 +416,74 @@ def test_synthia_converted_to_8_bits_is_recognised(city, tmp_path, mode):
     root = shutil.copytree(city/"synthia", tmp_path/"synthia")
     Image.new(mode, (SIZE[1], SIZE[0])).save(root/"GT/LABELS/0000001.png")
     text = message(synthia(root).__getitem__, 1)
-    assert "0000001.png: 8 bits a channel instead of 16" in text and "archive" in text
+    assert "0000001.png: 8 bits a channel instead of 16" in text and "archive" in text and "the high byte of each number" in text
+    Image.new(mode, (SIZE[1], SIZE[0]), (3, 0, 0) if mode == "RGB" else 3).save(root/"GT/LABELS/0000001.png")
+    assert "scaled or clipped" in message(synthia(root).__getitem__, 1)
+
+
+def test_cityscapes_ids_where_train_ids_are_expected(city, own):
+    text = message(folder(city/"gta5/images", city/"gta5/labels").__getitem__, 0)
+    assert "look like the ids of Cityscapes" in text and "expected 0-18, 255" in text
+    Image.fromarray(np.full((4, 6), 44, np.uint8)).save(own/"maps/z.png")
+    assert "data set?" in message(folder(own/"photos", own/"maps").__getitem__, 2)  # no id of Cityscapes either
+    assert "a name among the classes" in message(folder(own/"photos", own/"maps", own/"classes.txt").__getitem__, 2)
+
+
+def test_label_maps_in_colours(gta):
+    for mode, color in (("RGB", (128, 64, 128)), ("RGBA", (7, 7, 8, 255))):
+        Image.new(mode, SIZE[::-1], color).save(gta/"labels/00001.png")
+        assert "a picture in colours" in message(gta5(gta).__getitem__, 0)
+    Image.new("RGB", SIZE[::-1], (7, 7, 7)).save(gta/"labels/00001.png")  # grey, as three equal channels
+    assert gta5(gta)[0]["label"].unique().tolist() == [0]
+
+
+def write_png(path, rows, bits, kind, width):
+    "A PNG of packed rows, in forms that Pillow does not write."
+    chunk = lambda name, data: len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    head = width.to_bytes(4, "big") + len(rows).to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0])
+    palette = chunk(b"PLTE", bytes(3 << bits)) if kind == 3 else b""
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("kind", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_numbers_in_fewer_than_8_bits(tmp_path, bits, kind):
+    values = [k % 2 ** bits for k in range(8)]
+    row = int("".join(f"{v:0{bits}b}" for v in values), 2).to_bytes(bits, "big")
+    write_png(tmp_path/"y.png", [row] * 3, bits, kind, width=8)
+    Image.new("RGB", (8, 3)).save(tmp_path/"x.png")
+    assert SegmentationDataset([tmp_path/"x.png"], [tmp_path/"y.png"], {k: k for k in range(16)})[0]["label"].tolist() == [values] * 3
+
+
+def test_synthia_with_an_alpha_channel(tmp_path):
+    write_png(tmp_path/"y.png", [bytes([0, 3, 0, 9, 0, 0, 255, 255] * 5)] * 4, 16, 6, width=5)
+    Image.new("RGB", (5, 4)).save(tmp_path/"x.png")
+    assert SegmentationDataset([tmp_path/"x.png"], [tmp_path/"y.png"], LAYOUTS["synthia"].ids, bits=16)[0]["label"].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("name, values", [("x.png", np.uint16), ("x.tif", np.float32), ("x.tiff", np.int32)])
+def test_images_of_unknown_range_are_refused(tmp_path, name, values):
+    Image.fromarray(np.arange(24).reshape(4, 6).astype(values)).save(tmp_path/name)
+    assert "more than 8 bits" in message(folder(tmp_path).__getitem__, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_photographs_stand_upright(tmp_path):
+    lying = np.zeros((8, 16, 3), np.uint8)
+    lying[:, 8:] = 255
+    exif_of = lambda turn: bytes.fromhex("457869660000" "4d4d002a00000008" "0001" "0112000300000001" f"{turn:04x}0000" "00000000")
+    Image.fromarray(lying).save(tmp_path/"x.jpg", exif=exif_of(6), quality=95)  # to be shown a quarter turn clockwise
+    data, dice = (tmp_path/"x.jpg").read_bytes(), random.Random(0)
+    assert folder(tmp_path)[0]["image"][0].float().mean(1).round().tolist() == [0] * 8 + [255] * 8
+    for turn in range(10):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)).save(tmp_path/"x.png", exif=exif_of(turn))
+        assert np.array_equal(np.asarray(open_rgb(tmp_path/"x.png")), np.asarray(ImageOps.exif_transpose(Image.open(tmp_path/"x.png"))))
+    for _ in range(300):  # whatever stands in the note
+        note = bytearray(data[12:60])
+        for _ in range(dice.randint(1, 6)): note[dice.randrange(len(note))] = dice.randrange(256)
+        (tmp_path/"x.jpg").write_bytes(data[:12] + note + data[60:])
+        try: open_rgb(tmp_path/"x.jpg")
+        except FileError as e: assert "x.jpg" in str(e)
 
 
 @pytest.fixture
@@ -426,44 +509,131 @@ def test_folder(own):
     assert "z.png is missing (1 of 3" in message(folder, own/"photos", own/"maps", own/"classes.txt")
     (own/"empty").mkdir()
     assert "no images in it" in message(folder, own/"empty") and "no such folder" in message(folder, own/"nowhere")
+    for wrong in (-1, 65536): assert f"ignore: {wrong}" in message(folder, own/"photos", own/"maps", own/"classes.txt", (255, wrong))
+    assert "its own label map" in message(folder, own/"photos", own/"photos", own/"classes.txt")
 
 
-@pytest.mark.parametrize("content, words", [("", "0 class names"), ("a\nb\na\n", "a occurs twice"), ("\n".join(map(str, range(256))), "256 class names")])
+@pytest.mark.parametrize("content, words", [("", "0 class names"), ("a\nb\na\n", "a occurs twice"), ("\n".join(map(str, range(256))), "256 class names"),
+                                            ("a\n\nb\n", "an empty line")])
 def test_class_lists(tmp_path, content, words):
     (tmp_path/"classes.txt").write_text(content)
     assert words in message(read_classes, tmp_path/"classes.txt")
 
 
-def audited(*args):
-    done = subprocess.run([sys.executable, "-m", "sac_lit.datasets", "audit", *map(str, args)], capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+
+# ---------------------------------------------------------------- the audit
+
+@pytest.fixture
+def audited(capsys):
+    def audited(*args):
+        "Exit status and lines of the command line."
+        with pytest.raises(SystemExit) as e: main(["audit", *map(str, args)])
+        out, err = capsys.readouterr()
+        assert (e.value.code == 2) == bool(err)
+        return e.value.code, (err or out).splitlines()
+    return audited
 
 
-def test_audit_of_a_whole_data_set(city, own):
-    done = audited("cityscapes", city/"cityscapes", "--split", "train")
-    assert done.returncode == 0 and "3 images, 3 labels expected, 3 in order" in done.stdout and done.stdout.rstrip().endswith("0 defects")
-    done = audited("folder", own/"photos", "--labels", own/"maps", "--classes", own/"classes.txt", "--ignore", 7, 255)
-    shares = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("one", "two", "three", "ignored"))}
-    assert done.returncode == 0 and shares == {"one": ["33.33", "%", "3"], "two": ["16.67", "%", "3"], "three": ["16.67", "%", "3"], "ignored": ["33.33", "%", "3"]}
+def counted(lines, what):
+    return int(next(line for line in lines if line.startswith(what + "  ")).split()[-1])
 
 
-def test_audit_names_each_defect_and_lists_the_rest(gta):
+def test_audit_as_a_program(gta):
+    (gta/"labels/00003.png").unlink()
+    done = subprocess.run([sys.executable, "-m", "sac_lit.datasets", "audit", "gta5", gta, "--fix-list", "good.txt"], cwd=gta, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "" and done.stdout.splitlines()[-2:] == ["1 defect", f"{gta}/images/00003.png: its label {gta}/labels/00003.png is missing"]
+    assert len(gta5(gta, frames=gta/"good.txt")) == 4
+
+
+def test_audit_of_what_is_in_order(city, own, audited):
+    for args in (("gta5", city/"gta5"), ("synthia", city/"synthia"), ("cityscapes", city/"cityscapes")):
+        status, lines = audited(*args)
+        assert status == 0 and counted(lines, "images") == counted(lines, "in order") == 5 and lines[-1] == "0 defects" and "width x height: 64 x 32 (5)" in lines
+    status, lines = audited("folder", "--images", own/"photos", "--labels", own/"maps", "--classes", own/"classes.txt", "--ignore", 7, 255, "--workers", 1)
+    assert status == 0 and [line.split() for line in lines[-7:-2]] == [["class", "pixels", "images", "values"], ["one", "33.333", "%", "3", "0"], ["two", "16.667", "%", "3", "1"],
+                                                                           ["three", "16.667", "%", "3", "2"], ["ignored", "33.333", "%", "3", "7,", "255"]]
+    assert audited("folder", "--images", own/"photos")[1] == ["images                                3", "in order                              3", "", "width x height: 6 x 4 (3)", "", "0 defects"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_audit_counts_what_training_reads(city, layout, audited):
+    dataset = READERS[layout](city/layout)
+    labels = torch.stack([dataset[i]["label"] for i in range(len(dataset))])
+    _, lines = audited(layout, city/layout, *["--split", "train"] * (layout == "cityscapes"))
+    for name, i in [*zip(NAMES, range(19)), ("ignored", IGNORE_INDEX)]:
+        share, _, images = next(line for line in lines if line.startswith(name + " "))[len(name):].split()[:3]
+        assert share == f"{100 * (labels == i).double().mean():.3f}" and int(images) == (labels == i).any(-1).any(-1).sum()
+
+
+def test_audit_of_classes_with_words_of_its_own(own, audited):
+    (own/"classes.txt").write_text("ignored\nunknown\nimages\n")
+    status, lines = audited("folder", "--images", own/"photos", "--labels", own/"maps", "--classes", own/"classes.txt")
+    rows = [line.split() for line in lines[lines.index(next(line for line in lines if line.startswith("class "))) + 1:][:5]]
+    assert status == 1 and [(r[0], r[-1]) for r in rows] == [("ignored", "0"), ("unknown", "1"), ("images", "2"), ("ignored", "255"), ("unknown", "7")]
+
+
+def test_audit_names_each_defect_and_lists_the_rest(gta, audited):
     (gta/"labels/00001.png").unlink()
     Image.new("L", (9, 9), 7).save(gta/"labels/00002.png")
     (gta/"images/00003.png").write_bytes(b"no image")
-    done = audited("gta5", gta, "--fix-list", gta/"good.txt")
-    lines = done.stdout[done.stdout.index("3 defects"):].splitlines()[1:]
-    assert done.returncode == 1 and [n for n in ("00001", "00002", "00003") if any(n in line for line in lines)] == ["00001", "00002", "00003"] and len(lines) == 3
-    assert [p.name for p in gta5(gta, frames=gta/"good.txt").images] == ["00004.png", "00005.png"]
+    (gta/"images/00004.png").unlink()
+    status, lines = audited("gta5", gta, "--fix-list", gta/"good.txt")
+    assert status == 1 and lines[-4] == "3 defects" and all(f"0000{k}.png" in line for k, line in enumerate(lines[-3:], 1))
+    for what, n in (("images", 4), ("label maps without an image", 1), ("label maps missing", 1), ("label maps of another size", 1), ("unreadable files", 1), ("in order", 1)): assert counted(lines, what) == n
+    assert [p.name for p in gta5(gta, frames=gta/"good.txt").images] == ["00005.png"]
 
 
-def test_audit_suspects_train_ids(gta):
-    for path in sorted((gta/"labels").glob("*.png")): Image.new("L", SIZE[::-1], 13).save(path)
-    done = audited("gta5", gta)
-    assert done.returncode == 1 and "look like train ids" in done.stdout
+def test_audit_of_a_synthia_that_was_converted(city, tmp_path, audited):
+    root = shutil.copytree(city/"synthia", tmp_path/"synthia")
+    for path in (root/"GT/LABELS").glob("*.png"): Image.open(path).save(path)
+    status, lines = audited("synthia", root)
+    assert status == 1 and counted(lines, "converted label maps") == 5 and sum("the high byte of each number" in line for line in lines) == 5
 
 
-def test_audit_of_nothing(tmp_path):
-    done = audited("synthia", tmp_path/"none")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+def test_audit_suspects_train_ids_of_the_whole_only(gta, audited):
+    truth = [gta5(gta)[i]["label"].numpy() for i in range(5)]
+    for k in range(5):
+        Image.fromarray(truth[k]).save(gta/f"labels/0000{k + 1}.png")
+        status, lines = audited("gta5", gta, "--fix-list", gta/"good.txt")
+        assert (status == 1) == (k == 4)
+    assert "these look like train ids" in lines[-1] and counted(lines, "in order") == 0 and "names no images" in message(gta5, gta, frames=gta/"good.txt")
+
+
+def test_audit_of_labels_that_were_withheld(city, tmp_path, audited):
+    "As in the test split of Cityscapes: only the parts of the car that took the pictures."
+    root = shutil.copytree(city/"cityscapes", tmp_path/"cityscapes")
+    for path in cityscapes(root, "val").labels: Image.new("L", SIZE[::-1], 1).save(path)
+    status, lines = audited("cityscapes", root, "--split", "val")
+    assert status == 1 and lines[-2] == "1 defect" and "no pixel has a class" in lines[-1]
+    assert audited("cityscapes", root, "--split", "val", "--no-labels")[0] == 0
+
+
+def test_audit_lists_of_splits_and_folders(city, own, audited):
+    root, good = city/"cityscapes", own/"good.txt"
+    assert "name it with --split" in audited("cityscapes", root, "--fix-list", good)[1][0]
+    assert audited("cityscapes", root, "--fix-list", good, "--split", "val")[0] == 0 and len(cityscapes(root, "val", frames=good)) == 2
+    (own/"photos/b/y.png").write_bytes(b"")
+    assert audited("folder", "--images", own/"photos", "--fix-list", good)[0] == 1 and good.read_text() == "a/x.jpg\nz.webp\n"
+
+
+def test_audit_of_nothing(city, tmp_path, audited):
+    status, lines = audited("synthia", tmp_path/"none")
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and "no such folder" in lines[0]
+    status, lines = audited("gta5", city/"gta5", "--fix-list", tmp_path/"none/good.txt")
+    assert status == 2 and len(lines) == 1 and "good.txt: cannot be written (No such file or directory)" in lines[0]
+    for wrong in ([], ["gta6", "x"], ["gta5"], ["folder", "x"], ["folder", "--images", "x", "--ignore", "sky"]): assert audited(*wrong)[0] == 2
+
+
+@quick
+@given(st.integers(0, 30), st.integers(1, 4))
+def test_threads_stay_near_and_in_order(n, workers):
+    begun, lock = [], threading.Lock()
+    def f(k):
+        with lock: begun.append(k)
+        return k * k
+    for done, square in enumerate(in_parallel(f, range(n), workers), 1): assert square == (done - 1) ** 2 and max(begun) < done + 2 * workers
+    assert sorted(begun) == list(range(n))
+
+
+def test_threads_pass_errors_on():
+    with pytest.raises(ZeroDivisionError): list(in_parallel(lambda k: 1 // k, [1, 1, 0, 1], 2))
