@@ -6,11 +6,10 @@
 __all__ = ['WeightedCrossEntropy', 'weighted_cross_entropy', 'source_loss', 'abn_step', 'MeanOverProcesses', 'SharedBatchNorm2d',
            'share_statistics', 'freeze_bn', 'FoldedConv2d', 'FoldedBatchNorm2d', 'fold_bn']
 
-# %% ../nbs/03_abn_pretraining.ipynb #8646d1ba
+# %% ../nbs/03_abn_pretraining.ipynb #dd5aabc2
 import torch
 import torch.nn as nn
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .core import IGNORE_INDEX
@@ -71,7 +70,7 @@ def abn_step(model: nn.Module,
         with torch.no_grad(): model(target_images)                                     # moves running statistics, and nothing else
     return everywhere
 
-# %% ../nbs/03_abn_pretraining.ipynb #6b451463
+# %% ../nbs/03_abn_pretraining.ipynb #aedc32eb
 class MeanOverProcesses(torch.autograd.Function):
     "The mean of a tensor over all processes; its gradient is the mean of their gradients."
     @staticmethod
@@ -87,6 +86,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     "Batch norm over the batch of all processes, each with equally many images."
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
         if not self.training: return super().forward(x)
+        dtype, x = x.dtype, x.float()                                                      # under autocast, statistics stay float32
         mean = MeanOverProcesses.apply(x.mean((0, 2, 3)))                                  # (C,)
         var = MeanOverProcesses.apply((x - mean[:, None, None]).square().mean((0, 2, 3)))  # (C,)
         if self.track_running_stats:
@@ -95,7 +95,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(dtype)
 
 def share_statistics(model: nn.Module,
                      device: torch.device,

@@ -7,7 +7,7 @@ __all__ = ['Settings', 'Workload', 'Stopwatch', 'watching', 'matrix_rate', 'oper
            'noisy_files', 'rate', 'data_rates', 'evaluation_times', 'timed', 'measure', 'environment', 'report_lines',
            'bench', 'main']
 
-# %% ../nbs/12_performance.ipynb #721a0264
+# %% ../nbs/12_performance.ipynb #2b6365be
 import json
 import os
 import platform
@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image
@@ -132,16 +133,16 @@ def watching(load: Workload):
         for hook in hooks: hook.remove()
         for part, name in ((load, "backward"), (load.prior, "update"), (load.optimizer, "step")): delattr(part, name)
 
-# %% ../nbs/12_performance.ipynb #1d2b0568
+# %% ../nbs/12_performance.ipynb #ad062cd0
 def matrix_rate(device: torch.device, precision: str, n: int = 2048) -> float:
-    "Floating-point operations per second in products of n x n matrices: the best of five."
+    "Floating-point operations per second in products of n x n matrices: the best of five, by the matrix library and by that of convolutions."
     a = torch.randn(n, n, device=device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
     watch, times = Stopwatch(device), []
-    for _ in range(6):
+    for product in 6 * [lambda: a @ a] + 6 * [lambda: F.conv2d(a.view(1, n, 32, n // 32), a.view(n, n, 1, 1))]:
         start = watch.now()
-        a @ a
+        product()
         times.append(watch.now() - start)
-    return 2 * n ** 3 / min(times[1:])
+    return 2 * n ** 3 / min(times)
 
 def operations(load: Workload) -> int:
     "Floating-point operations of a joint step."

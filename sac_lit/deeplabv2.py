@@ -211,7 +211,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
             what = "holds no model, config.json and model.safetensors" if place.is_dir() else "no such folder, and no such model on the Hub"
             raise UserError(f"{folder}: {what} ({' '.join(str(e).split())[:200]}); {advice}") from e
 
-# %% ../nbs/02_deeplabv2.ipynb #a777877c
+# %% ../nbs/02_deeplabv2.ipynb #6ce53025
 def row_strips(h: int,  # rows of the logits
                H: int,  # rows after `upsample`
                like: torch.Tensor,  # whose device and precision to take
@@ -226,12 +226,13 @@ def row_strips(h: int,  # rows of the logits
 
 def most_likely(logits: torch.Tensor,  # (B, C, h, w)
                 size,                  # (H, W)
-               ) -> torch.Tensor:      # int64 (B, H, W)
+               ) -> torch.Tensor:      # uint8 (B, H, W)
     "The class with the highest upsampled score at every pixel."
     wide = upsample(logits.float(), (logits.shape[-2], size[1]))                                       # (B, C, h, W)
     strips = row_strips(wide.shape[-2], size[0], wide)
     with torch.autocast(wide.device.type, enabled=False):                                             # all of it in float32
-        return torch.stack([torch.cat([(a @ y[:, here]).max(0).indices for _, here, a in strips]) for y in wide])  # on a CPU, max is faster than argmax
+        best = lambda z: z.max(0).indices.to(torch.uint8)                                             # on a CPU, max is faster than argmax
+        return torch.stack([torch.cat([best(a @ y[:, here]) for _, here, a in strips]) for y in wide])
 
 # %% ../nbs/02_deeplabv2.ipynb #bb019b78
 def read_weights(imagenet, weights: str | Path) -> dict[str, torch.Tensor]:

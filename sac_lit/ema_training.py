@@ -114,7 +114,7 @@ def accumulate(model: nn.Module,
         total = total + loss.detach()
     return total
 
-# %% ../nbs/08_ema_training.ipynb #0d393e86
+# %% ../nbs/08_ema_training.ipynb #61f20464
 def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen here (`freeze_bn`)
              teacher: MomentumNetwork,
              prior: ClassPrior,
@@ -135,8 +135,9 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
     loss_source = accumulate(model, source_loss, (images, labels), micro_batch, backward, hold=no_sync)
     pseudo, confidence = pseudo_supervision(teacher, prior, views, hp, reduce, gather, micro_batch)
     if hp.average_confidence: confidence = batch_confidence(confidence, reduce)
-    target_loss = lambda logits, *target: hp.target_weight * focal_loss(logits, *target, prior.chi, hp.lam)
-    loss_target = accumulate(model, target_loss, (views.noisy.flatten(0, 1), pseudo, confidence), micro_batch, backward, hold_but_last=no_sync) / hp.target_weight
+    target_loss = lambda logits, *target: focal_loss(logits, *target, prior.chi, hp.lam)
+    weighted = lambda loss: backward(hp.target_weight * loss)
+    loss_target = accumulate(model, target_loss, (views.noisy.flatten(0, 1), pseudo, confidence), micro_batch, weighted, hold_but_last=no_sync)
     C = len(prior.chi)
     accepted = torch.histc(pseudo.float(), C, 0, C) / pseudo.numel()        # 255 lies outside
     everywhere = reduce(torch.cat([loss_source[None], loss_target[None], accepted]))

@@ -334,7 +334,7 @@ def export(model: SegmentationModel,
         if not worst < 1e-3: raise UserError(f"{path}: the exported network differs from the original by {worst:.1%} and was not kept; export it with another version of PyTorch")
     return worst
 
-# %% ../nbs/10_predict.ipynb #ff243412
+# %% ../nbs/10_predict.ipynb #3744e27e
 @dataclass(frozen=True, kw_only=True)
 class Network:
     "What all commands need."
@@ -348,13 +348,24 @@ class Views(Network):
     "What all commands that predict need."
     scales: tuple[float, ...] = (1.,)  # sizes at which each image is seen, as factors; predictions are averaged
     flip: bool = False  # see each image mirrored as well
+    mixed_precision: Literal["no", "bf16"] = "no"  # bf16: the network computes in bfloat16, which is faster where the hardware can
+
+    def load(self) -> SegmentationModel:
+        "The network, in the precision asked for."
+        model = super().load()
+        if self.mixed_precision == "bf16": model.forward = torch.autocast(next(model.parameters()).device.type, torch.bfloat16)(model.forward)
+        return model
+
+    def origin(self) -> dict:
+        "What label maps depend on beside the images."
+        return {"model": self.model, "which": self.which, "mixed_precision": self.mixed_precision, **self.how()}
 
     def how(self) -> dict:
         "The options as keyword arguments. Raises `UserError` where they make no sense."
         if not self.scales or min(self.scales) <= 0: raise UserError("--scales: give one or more positive factors, such as 0.75 1 1.25")
         return {"scales": self.scales, "flip": self.flip}
 
-# %% ../nbs/10_predict.ipynb #09c69d73
+# %% ../nbs/10_predict.ipynb #03fe4225
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Views):
     "IoU by class and its means on labelled images, with the confusion matrix as a picture and as JSON."
@@ -381,7 +392,7 @@ class Evaluate(Views):
         names = data.names
         print(score_table(cm, names))
         iou = {name: None if x != x else x for name, x in zip(names, cm.iou().tolist())}
-        scores = {"model": self.model, "which": self.which, "data": self.root, "layout": self.layout, "images": len(data), **self.how(),
+        scores = {**self.origin(), "data": self.root, "layout": self.layout, "images": len(data),
                   "iou": iou, "mean": means(cm, names), "names": names, "confusion": cm.counts.tolist()}
         with written_aside(out / "scores.json") as tmp: tmp.write_text(json.dumps(scores, indent=1))
         use_style()
@@ -390,7 +401,7 @@ class Evaluate(Views):
         plt.close()
         print(f"written: {out / 'scores.json'}, {out / 'confusion.png'}")
 
-# %% ../nbs/10_predict.ipynb #0a3be778
+# %% ../nbs/10_predict.ipynb #9c5b16f8
 @dataclass(frozen=True, kw_only=True)
 class Label(Views):
     "Label images, folders of images, and videos. What is there already is skipped."
@@ -404,7 +415,7 @@ class Label(Views):
         out, how = Path(self.out), {"ids": self.ids, **self.how()}
         found, model, troubles = find_inputs(self.inputs, out), self.load(), []
         id_values(self.ids, model.names)
-        remember(out, {"model": self.model, "which": self.which, **how})
+        remember(out, {**self.origin(), **how})
         target = lambda name, kind, suffix: out / kind / name.with_name(name.name + suffix)
         images = {p: (target(name, "labels", ".png"), target(name, "overlays", ".jpg") if self.overlay else None) for name, p in found.items() if p.suffix.lower() in SUFFIXES}
         videos = {p: (target(name, "labels", ""), target(name, "overlays", ".mp4")) for name, p in found.items() if p not in images}
@@ -426,7 +437,7 @@ class Submit(Views):
         "Label and pack."
         model, data, out = self.load(), cityscapes(self.root, self.split, labels=False), Path(self.out)
         id_values("cityscapes", model.names)
-        remember(out, {"model": self.model, "which": self.which, "split": self.split, **self.how()})
+        remember(out, {**self.origin(), "split": self.split})
         print("written:", submission(model, data, out, **self.how()))
 
 @dataclass(frozen=True, kw_only=True)

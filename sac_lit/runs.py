@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['FREE', 'DataConfig', 'OptimConfig', 'ABNConfig', 'SACConfig', 'Config', 'flush', 'remove', 'written_aside', 'Stopped',
            'StopSignal', 'Share', 'share_out', 'Run', 'settings', 'differences', 'rebuild', 'load_config',
-           'start_accelerator', 'open_run', 'walk', 'batches', 'names_of', 'blame', 'Progress', 'versions',
-           'checkpoints', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'run_stage', 'log_losses',
-           'forget_after', 'still', 'recomputed', 'recompute']
+           'start_accelerator', 'alone', 'open_run', 'walk', 'patient', 'batches', 'names_of', 'blame', 'Progress',
+           'versions', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'run_stage',
+           'log_losses', 'forget_after', 'still', 'recomputed', 'recompute']
 
-# %% ../nbs/08a_runs.ipynb #1eb9c2e6
+# %% ../nbs/08a_runs.ipynb #5f6679e4
 import dataclasses
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ import typing
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +34,9 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from fastprogress.fastprogress import progress_bar
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -133,7 +137,7 @@ class Config:
     recompute: bool = False  # gradient checkpointing: less memory, a third more time
     tracker: str | None = None  # also log to tensorboard, wandb, or another tracker of Accelerate
 
-# %% ../nbs/08a_runs.ipynb #6062edda
+# %% ../nbs/08a_runs.ipynb #adaf1141
 def flush(path: Path) -> None:
     "Wait until a file, or the list of names in a folder, is on the disk."
     handle = os.open(path, os.O_RDONLY)
@@ -153,20 +157,22 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield tmp
         for p in (*tmp.rglob("*"), tmp): flush(p)
-    except BaseException:
+    except BaseException as e:
         remove(tmp)
+        if isinstance(e, SafetensorError): raise UserError(f"{path}: could not be written ({e}); make room and give the same command again") from e
         raise
     if path.is_dir(): shutil.rmtree(path)
     os.replace(tmp, path)
     flush(path.parent)
 
-# %% ../nbs/08a_runs.ipynb #76de06e5
+# %% ../nbs/08a_runs.ipynb #d03456c3
 class Stopped(Exception):
     "Somebody asked the run to stop, and it did."
 
 class StopSignal:
     "While the block lasts, SIGTERM and SIGINT are only noted; the second one interrupts."
     number = 0  # of the signal that came, 0 before
+    launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # `accelerate launch`, which does not pass signals on
 
     def __enter__(self) -> "StopSignal":
         watched = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
@@ -180,6 +186,11 @@ class StopSignal:
         "Note the first signal; raise `KeyboardInterrupt` on the second."
         if self.number: raise KeyboardInterrupt
         self.number = number
+
+    def asked(self) -> int:
+        "The signal that came, 0 if none; the end of the launcher counts as SIGTERM."
+        if self.launcher not in (None, os.getppid()): self.number = self.number or signal.SIGTERM
+        return self.number
 
 # %% ../nbs/08a_runs.ipynb #2c8f615b
 class Share(NamedTuple):
@@ -199,7 +210,7 @@ def share_out(batch: int, views: int, process: int, processes: int) -> Share | N
     n = views // parts
     return Share(range(group, group + 1), slice(part * n, (part + 1) * n), slice(group * parts, (group + 1) * parts))
 
-# %% ../nbs/08a_runs.ipynb #2629d3a8
+# %% ../nbs/08a_runs.ipynb #4cb45a09
 @dataclass
 class Run:
     "An open run: its configuration, its folder and the processes that share it."
@@ -220,6 +231,10 @@ class Run:
         works = ", ".join(str(p) for p in range(1, batch * views + 1) if share_out(batch, views, 0, p))
         raise UserError(f"--{option} {batch} cannot be shared by {P} processes; start {works} processes, or give a multiple of {P}")
 
+    def agreed(self, answer):
+        "The main process's answer, for what each finds out for itself, such as whether a file is there."
+        return gather_object([answer])[0]
+
     def reduce(self, x: torch.Tensor, how: str = "mean") -> torch.Tensor:
         "The mean (or sum) of a tensor over all processes."
         return self.accelerator.reduce(x, how)
@@ -230,16 +245,17 @@ class Run:
 
     def stopping(self) -> bool:
         "Whether any process was asked to stop."
-        if self.accelerator.num_processes == 1: return bool(self.stop.number)
-        asked = torch.tensor(float(self.stop.number), device=self.device)
+        if self.accelerator.num_processes == 1: return bool(self.stop.asked())
+        asked = torch.tensor(float(self.stop.asked()), device=self.device)
         return self.reduce(asked, "sum").item() > 0
 
-    def log(self, **row) -> None:
-        "Append one line to log.jsonl, and to the tracker (main process only)."
+    def log(self, *rows: dict) -> None:
+        "Append lines to log.jsonl, all or none, and to the tracker (main process only)."
         if not self.accelerator.is_main_process: return
-        with open(self.folder / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
-        numbers = {f"{row['stage']}/{'/'.join(filter(None, (row.get('network'), k)))}": v for k, v in row.items() if isinstance(v, float)}
-        if self.accelerator.trackers and numbers: self.accelerator.log(numbers, step=self.steps_before + row["step"])
+        with open(self.folder / "log.jsonl", "a") as f: f.write("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows if self.accelerator.trackers else ():
+            numbers = {f"{row['stage']}/{'/'.join(filter(None, (row.get('network'), k)))}": v for k, v in row.items() if isinstance(v, float)}
+            if numbers: self.accelerator.log(numbers, step=self.steps_before + row["step"])
 
     def rows(self, **match) -> list[dict]:
         "Lines of the log whose fields have these values. A last line that was cut off is left out."
@@ -279,16 +295,29 @@ def load_config(folder: Path) -> Config:
     try: return rebuild(Config, json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); give the folder of a run, such as runs/toy") from e
 
-# %% ../nbs/08a_runs.ipynb #3bc95a3b
+# %% ../nbs/08a_runs.ipynb #787a16ec
 def start_accelerator(cfg: Config) -> Accelerator:
     "Accelerate with the precision, the compiler and the tracker that the configuration asks for. Raises `UserError` for what this machine lacks."
     if cfg.tracker and cfg.tracker not in map(str, get_available_trackers()):
         raise UserError(f"--tracker {cfg.tracker}: not installed or not known to Accelerate; install it with pip, or choose one of {', '.join(map(str, get_available_trackers())) or 'none, as none is installed'}")
+    for option, value in (("log-every", cfg.log_every), ("checkpoint-every", cfg.checkpoint_every), ("keep", cfg.keep), ("sac.period", cfg.sac.period)):
+        if value < 1: raise UserError(f"--{option} {value}: give a number of at least 1")
     if cfg.mixed_precision == "fp16" and not torch.cuda.is_available(): raise UserError("--mixed-precision fp16: needs a GPU; give bf16 or no")
+    torch.backends.cudnn.allow_tf32 = False                                 # float32 means float32; bf16 is faster still
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=max(1800, cfg.data.timeout + 1200)))     # a stalled worker is named before that
     try:
         return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=cfg.mixed_precision, dynamo_backend="inductor" if cfg.compile else None,
-                           log_with=cfg.tracker, project_dir=str(Path(cfg.runs) / cfg.name))
+                           log_with=cfg.tracker, project_dir=str(Path(cfg.runs) / cfg.name), kwargs_handlers=[patience])
     except ValueError as e: raise UserError(f"--mixed-precision {cfg.mixed_precision}: {e}") from e
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    "While the block lasts, no other process can work in a run's folder. Raises `UserError` where one does already."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # until this process ends, however it ends
+        except BlockingIOError: raise UserError(f"{folder}: another process is at work in this run; wait for its end, or stop it") from None
+        yield
 
 def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     "Create or reopen the run's folder. Raises `UserError` where it holds another configuration."
@@ -297,27 +326,36 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     run = Run(cfg, accelerator, Path(cfg.runs) / cfg.name)
     path = run.folder / "config.json"
     if accelerator.is_main_process:
-        if run.folder.exists() and any(run.folder.iterdir()) and not path.exists():
+        if run.folder.exists() and {p.name for p in run.folder.iterdir()} - {"config.json.tmp"} and not path.exists():
             raise UserError(f"{run.folder}: not empty and not a run of sac_lit; give another --name")
-        if cfg.fresh and path.exists(): shutil.rmtree(run.folder)
+        if cfg.fresh and path.exists():
+            for p in {*run.folder.iterdir()} - {path}: remove(p)
+            remove(path)                                                    # last: as long as it is there, the folder is a run
         if path.exists() and (other := differences(settings(load_config(run.folder)), settings(cfg))):
             raise UserError(f"{run.folder} holds a run of another configuration ({other}); give another --name, or --fresh to start over")
         for left in list(run.folder.rglob("*.tmp")): remove(left)
         with written_aside(path) as tmp: tmp.write_text(json.dumps({"config": dataclasses.asdict(cfg)}, indent=1))
     accelerator.wait_for_everyone()
+    seen = gather_object([path.read_text() if path.exists() else ""])       # what the main process has just written
+    if blind := [i for i, text in enumerate(seen) if text != seen[0]]:
+        raise UserError(f"{run.folder}: the processes {blind} do not see what process 0 wrote there; give --runs a folder on a disk that all machines share")
     if cfg.tracker: accelerator.init_trackers("sac_lit", config={k: str(v) for k, v in settings(cfg).items()})
     return run
 
-# %% ../nbs/08a_runs.ipynb #455215bf
+# %% ../nbs/08a_runs.ipynb #24527824
 def walk(run: Run, stage: str, dataset: SegmentationDataset, batch: int):
     "Pick images by fresh permutations of the data set (`epoch_index`)."
     return lambda step, slot: epoch_index(run.cfg.seed, stage, step, slot, batch, len(dataset))
+
+def patient(worker: int) -> None:
+    "A data worker lets the first SIGTERM pass: where a whole group of processes gets it, it is for the training, which still needs its batch."
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 def batches(run: Run, dataset: SegmentationDataset, start: int, steps: int, slots: range, pick) -> Iterator[dict]:
     "Batches of steps `start` to `steps - 1` for some slots; `pick(step, slot)` chooses the image. Raises `UserError` where a worker hangs or dies."
     n, step = run.cfg.data.workers, start
     loader = DataLoader(dataset, batch_sampler=StepSampler(start, steps, slots, pick), num_workers=n, pin_memory=run.device.type == "cuda",
-                        timeout=run.cfg.data.timeout if n else 0)
+                        timeout=run.cfg.data.timeout if n else 0, worker_init_fn=patient)
     try:
         for batch in loader:
             yield batch
@@ -364,19 +402,22 @@ class Progress:
         self.count, self.sums = 0, {}
         return means
 
-# %% ../nbs/08a_runs.ipynb #933ca290
+# %% ../nbs/08a_runs.ipynb #12a09af8
 def versions() -> dict[str, str]:
     "What a resume should find again for the same bits."
     return {name: version(name) for name in ("sac_lit", "torch", "torchvision")}
 
 def checkpoints(run: Run, stage: str) -> list[Path]:
     "Whole checkpoints of a stage, oldest first."
-    return sorted(p for p in (run.folder / "checkpoints").glob(f"{stage}_*") if p.suffix != ".tmp")
+    return sorted(p for p in (run.folder / "checkpoints").glob(f"{stage}_*") if p.suffix not in (".tmp", ".damaged"))
 
 def save_checkpoint(run: Run, stage: str, state: dict) -> None:
     "Write the state of a stage, then delete all but the newest `keep`. A full disk raises `UserError` or is only reported, as configured."
     step = state["progress"].step
     path = run.folder / "checkpoints" / f"{stage}_{step:07d}"
+    if bad := [k for k, v in state["model"].state_dict().items() if not torch.isfinite(v).all()]:
+        raise UserError(f"{path}: not saved, since {bad[0]} is not finite any more; the checkpoints before it are kept; try a lower learning rate or "
+                        "--mixed-precision no under another --name") from FloatingPointError(bad[0])
     if not run.accelerator.is_main_process or path.exists(): return
     try:
         flush(run.folder / "log.jsonl")
@@ -384,7 +425,7 @@ def save_checkpoint(run: Run, stage: str, state: dict) -> None:
             tmp.mkdir()
             torch.save({"settings": settings(run.cfg), "versions": versions(), "state": {k: v.state_dict() for k, v in state.items()}}, tmp / "state.pt")
     except (OSError, RuntimeError) as e:
-        if "DataLoader" in str(e): raise                                    # the news of a worker's death comes at any moment
+        if isinstance(e, RuntimeError) and not re.search("PytorchStreamWriter|inline_container|unexpected pos", str(e)): raise     # not of the file
         free = shutil.disk_usage(run.folder).free / 2 ** 20
         text = f"{path}: could not be written, {free:.0f} MB are free ({' '.join(str(e).split())[:100]}); the checkpoints before it are kept"
         if run.cfg.when_full == "stop": raise UserError(f"{text}; make room and give the same command again") from e
@@ -393,20 +434,24 @@ def save_checkpoint(run: Run, stage: str, state: dict) -> None:
     for old in checkpoints(run, stage)[:-run.cfg.keep]: shutil.rmtree(old)
 
 def read_checkpoint(path: Path) -> dict:
-    "The content of a checkpoint. Raises `OSError` where a byte is not as written."
+    "The content of a checkpoint. Raises `ValueError` where a byte is not as written, `OSError` where the disk does not answer."
     try:
         with zipfile.ZipFile(path / "state.pt") as z: damaged = z.testzip()
-    except (zipfile.BadZipFile, EOFError) as e: raise OSError(f"state.pt: {e}") from e
-    if damaged: raise OSError(f"state.pt: {damaged} fails its check sum")
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        if damaged: raise ValueError(f"{damaged} fails its check sum")
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError as e: raise ValueError("state.pt is missing") from e
+    except OSError: raise
+    except Exception as e: raise ValueError(f"state.pt: {e}") from e         # a damaged header can raise nearly anything
 
 def load_checkpoint(run: Run, stage: str, state: dict) -> None:
     "Restore the newest whole checkpoint of a stage in place, if there is one. Raises `UserError` where it belongs to another configuration."
     for path in reversed(checkpoints(run, stage)):
         try: saved = read_checkpoint(path)
-        except OSError as e:
-            run.say(f"{path}: damaged ({e}); the one before it takes its place")
-            if run.accelerator.is_main_process: shutil.rmtree(path, ignore_errors=True)
+        except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or e}); nothing was changed; give the same command again when the disk answers") from e
+        except ValueError as e:
+            run.say(f"{path}: damaged ({e}); it is set aside as {path.name}.damaged, and the one before it, if there is one, takes its place")
+            run.accelerator.wait_for_everyone()
+            if run.accelerator.is_main_process: os.replace(path, path.with_name(f"{path.name}.damaged"))
             continue
         if other := differences(saved["settings"], settings(run.cfg)):
             raise UserError(f"{path}: a checkpoint of another configuration ({other}); remove it, or give another --name")
@@ -414,13 +459,15 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
         for k, v in state.items(): v.load_state_dict(saved["state"][k])
         return
 
-# %% ../nbs/08a_runs.ipynb #1a0ae87f
+# %% ../nbs/08a_runs.ipynb #a8188b1b
 def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evaluate, eval_every: int = 0, watch=lambda: None) -> float:
     "Run `step_losses(start)` with a log, evaluations (`evaluate(step) -> text`) and checkpoints of `state`; seconds that it took."
     progress = Progress()
     state = {**state, "progress": progress}
     load_checkpoint(run, stage, state)
     start = progress.step
+    if len(set(starts := gather_object([start]))) > 1:
+        raise UserError(f"{run.folder}: the processes found checkpoints of the steps {starts}; wait until all machines see the same files, and give the same command again")
     forget_after(run, stage, start)
     if start: run.say(f"{stage}: continued from step {start}")
     interactive = run.accelerator.is_main_process and sys.stdout.isatty()
@@ -429,7 +476,7 @@ def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evalua
     text = score = ""
     try:
         missing = start and due(start) and not run.rows(event="evaluation", stage=stage, step=start)
-        if gather_object([missing])[0]: score = evaluate(start)             # the main process's word
+        if run.agreed(missing): score = evaluate(start)
         for _, losses in zip(bar, step_losses(start)):
             progress.add(losses)
             step = progress.step
@@ -458,7 +505,7 @@ def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evalua
 def log_losses(run: Run, stage: str, progress: Progress) -> str:
     "Log the mean losses since the last line; the same as short text."
     means = progress.means()
-    run.log(event="step", stage=stage, step=progress.step, **means)
+    run.log(dict(event="step", stage=stage, step=progress.step, **means))
     return " ".join(f"{k.removeprefix('loss_')} {sum(v) if isinstance(v, list) else v:.3f}" for k, v in means.items())
 
 def forget_after(run: Run, stage: str, step: int) -> None:
@@ -468,7 +515,7 @@ def forget_after(run: Run, stage: str, step: int) -> None:
         with written_aside(run.folder / "log.jsonl") as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
     run.accelerator.wait_for_everyone()
 
-# %% ../nbs/08a_runs.ipynb #8b1d0499
+# %% ../nbs/08a_runs.ipynb #3736780e
 @contextmanager
 def still(net: nn.Module) -> Iterator[None]:
     "Batch norm layers leave their running statistics alone."
@@ -484,6 +531,7 @@ def still(net: nn.Module) -> Iterator[None]:
 def recomputed(net: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
     "A forward pass that is done again in the backward pass, unless no gradient is asked for."
     if not torch.is_grad_enabled(): return forward(x)
+    if torch.compiler.is_compiling(): return checkpoint(forward, x, use_reentrant=False)   # the compiler does not repeat what changes a buffer
     return checkpoint(forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), still(net)))
 
 def recompute(model: nn.Module) -> nn.Module:

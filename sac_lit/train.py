@@ -9,14 +9,16 @@ __all__ = ['TOY_DATA', 'TOY', 'TOY_LONG', 'FOLDER', 'FOLDER_CPU', 'PRESETS', 'SU
            'prepare', 'seed_dropout', 'supervised_steps', 'target_frequencies', 'sac_steps', 'warnings_in', 'watch',
            'finish', 'load_stage', 'train_supervised', 'train_sac', 'results', 'means_of', 'result_rows',
            'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
-           'figure_of_views', 'html_table', 'html_figure', 'write_report', 'train', 'report', 'main']
+           'figure_of_views', 'html_table', 'html_figure', 'write_report', 'check_shares', 'train_stage', 'train',
+           'report', 'main']
 
-# %% ../nbs/09_train.ipynb #bb152734
+# %% ../nbs/09_train.ipynb #3349029e
 import base64
 import copy
 import html
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,8 +38,8 @@ from .deeplabv2 import SegmentationModel, build_model, most_likely, param_groups
 from .ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision, sac_step
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
-from .runs import (ABNConfig, Config, DataConfig, OptimConfig, Run, SACConfig, Share, Stopped, batches, blame, checkpoints,
-                          load_config, names_of, open_run, recompute, remove, run_stage, walk, written_aside)
+from .runs import (ABNConfig, Config, DataConfig, OptimConfig, Run, SACConfig, Share, Stopped, alone, batches, blame, load_config,
+                          names_of, open_run, patient, recompute, remove, run_stage, share_out, start_accelerator, walk, written_aside)
 from .toy_city import write_dataset
 
 # %% ../nbs/09_train.ipynb #7eb0e213
@@ -147,19 +149,20 @@ def target_batch(run: Run, batch: dict, step: int, share: Share) -> Views:
     theta = crop_theta(*boxes.unbind(-1), c.crop, flips).to(run.device)     # (B, T, 2, 3)
     return Views(normalize(torch.stack(views)[:, share.mine]), normalize(torch.stack(noisy)), theta, share.mine)
 
-# %% ../nbs/09_train.ipynb #e51076cb
+# %% ../nbs/09_train.ipynb #aab130af
 @torch.no_grad()
 def evaluate(run: Run, model: torch.nn.Module, dataset: SegmentationDataset) -> ConfusionMatrix:
     "Confusion matrix of a network on a labelled data set. Raises `Stopped` where the run was asked to stop."
     model.eval()
     cm, P = ConfusionMatrix(model.num_classes), run.accelerator.num_processes
     mine = range(run.accelerator.process_index, len(dataset), P)
-    samples = iter(DataLoader(Subset(dataset, mine), batch_size=1, num_workers=run.cfg.data.workers))
+    n = run.cfg.data.workers
+    samples = iter(DataLoader(Subset(dataset, mine), batch_size=1, num_workers=n, timeout=run.cfg.data.timeout if n else 0, worker_init_fn=patient))
     for _ in range(0, len(dataset), P):
         if run.stopping(): raise Stopped("during an evaluation")
         if (sample := next(samples, None)) is None: continue                # the last round, where images do not suffice for all
         label = sample["label"].to(run.device)
-        logits = model(normalize(sample["image"].to(run.device) / 255))
+        with run.accelerator.autocast(): logits = model(normalize(sample["image"].to(run.device) / 255))
         cm.update(most_likely(logits, label.shape[-2:]), label)
     cm.counts = run.reduce(cm.counts.to(run.device), "sum").cpu()
     return cm
@@ -170,11 +173,10 @@ def log_evaluations(run: Run, stage: str, step: int, networks: dict, dataset: Se
     found = {name: evaluate(run, model, dataset) for name, model in networks.items()}
     miou = {name: round(100 * cm.miou(next(iter(means_of(run.cfg).values()))), 2) for name, cm in found.items()}
     best = max((r["miou"] for r in run.rows(event="evaluation", stage=stage, network="student")), default=-1.)
-    for name, cm in found.items():
-        iou = [None if x != x else round(100 * x, 2) for x in cm.iou().tolist()]
-        run.log(event="evaluation", stage=stage, network=name, step=step, miou=miou[name], iou=iou)
     if stage == "sac" and run.accelerator.is_main_process and miou["student"] > best:
         with written_aside(run.folder / "best_by_target_labels") as tmp: networks["student"].save_pretrained(tmp)
+    percent = lambda cm: [None if x != x else round(100 * x, 2) for x in cm.iou().tolist()]
+    run.log(*(dict(event="evaluation", stage=stage, network=name, step=step, miou=miou[name], iou=percent(cm)) for name, cm in found.items()))
     return " mIoU " + " ".join(f"{name} {value:.1f}" for name, value in miou.items())
 
 # %% ../nbs/09_train.ipynb #68fdbaac
@@ -188,13 +190,14 @@ def set_lr(optimizer: torch.optim.Optimizer, c: OptimConfig, step: int, steps: i
     factor = 1. if c.schedule == "constant" else (1 - step / steps) ** .9
     for g in optimizer.param_groups: g["lr"] = g["base_lr"] * factor
 
-# %% ../nbs/09_train.ipynb #ee901f9f
+# %% ../nbs/09_train.ipynb #16c987dc
 def prepare(run: Run, network: torch.nn.Module, optimizer: torch.optim.Optimizer):
     "The network and optimizer that a stage steps with, and the gradient scaler's state (fp16) for its checkpoints."
     if run.cfg.channels_last: network.to(memory_format=torch.channels_last)
     if run.cfg.recompute: recompute(network)
     model, optimizer = run.accelerator.prepare(network, optimizer)
     scaler = run.accelerator.scaler
+    if scaler: scaler.load_state_dict({**scaler.state_dict(), "scale": 2. ** 16, "_growth_tracker": 0})    # each stage begins as a new run would
     return model, optimizer, {"scaler": scaler} if scaler else {}
 
 # %% ../nbs/09_train.ipynb #db8bf694
@@ -202,11 +205,12 @@ def seed_dropout(run: Run, stage: str, step: int) -> None:
     "Seed the global generators, from which dropout draws, by the step and the process."
     torch.manual_seed(seed_of(run.cfg.seed, stage, "dropout", step, run.accelerator.process_index))
 
-# %% ../nbs/09_train.ipynb #9576c007
+# %% ../nbs/09_train.ipynb #33449a17
 def supervised_steps(run: Run, stage: str, model, optimizer, labelled: SegmentationDataset, target: SegmentationDataset | None, mean, std):
     "`start -> losses of each step` of training on `labelled`, with batch norm adapted to `target` where given (section 3.4)."
     c = run.cfg.abn
-    slots, target_slots = run.share(c.source_batch, "abn.source-batch").slots, run.share(c.target_batch, "abn.target-batch").slots
+    P, slots = run.accelerator.num_processes, run.share(c.source_batch, "abn.source-batch").slots
+    target_slots = range(c.target_batch) if c.target_batch % P else run.share(c.target_batch, "abn.target-batch").slots    # all or a part: the statistics are the same
     def losses(start):
         labelled_batches = batches(run, labelled, start, c.steps, slots, walk(run, stage, labelled, c.source_batch))
         others = batches(run, target, start, c.steps, target_slots, walk(run, f"{stage} target", target, c.target_batch)) if target else None
@@ -221,12 +225,12 @@ def supervised_steps(run: Run, stage: str, model, optimizer, labelled: Segmentat
             yield {"loss_source": loss}
     return losses
 
-# %% ../nbs/09_train.ipynb #e53130ca
+# %% ../nbs/09_train.ipynb #29cc7df9
 @torch.no_grad()
 def target_frequencies(run: Run, model, dataset: SegmentationDataset) -> torch.Tensor:  # (N, C)
     "Mean softmax of each target image (eq. 1), or shares of predicted labels; computed once and kept in the run's folder."
     path = run.folder / "class_frequency.safetensors"
-    if not path.exists():
+    if not run.agreed(path.exists()):
         model.eval()
         frequency, P = torch.zeros(len(dataset), model.num_classes, device=run.device), run.accelerator.num_processes
         for first in range(0, len(dataset), P):
@@ -262,7 +266,7 @@ def sac_steps(run: Run, model, network, teacher: MomentumNetwork, prior: ClassPr
             except FloatingPointError as e: raise blame(run, "sac", step, e, f"{names_of(data['source'], source)}, {names_of(data['target'], target)}") from e
     return losses
 
-# %% ../nbs/09_train.ipynb #7c88d6c4
+# %% ../nbs/09_train.ipynb #455cb0ad
 def warnings_in(rows: list[dict], names) -> list[str]:
     "What the lines of the joint stage's log give cause to worry about: the last tenth of them beside the first."
     n = max(4, len(rows) // 10)
@@ -278,14 +282,14 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
     rows = run.rows(event="step", stage="sac")
     chi, hp, step = prior.chi.cpu(), run.cfg.sac.loss, rows[-1]["step"]
     limit = thresholds(torch.ones(1, len(chi)), chi, hp.zeta, hp.beta, hp.floor)[0]         # of a class whose peak is 1
-    run.log(event="classes", stage="sac", step=step, prior=[round(x, 6) for x in chi.tolist()], threshold=[round(x, 4) for x in limit.tolist()])
+    run.log(dict(event="classes", stage="sac", step=step, prior=[round(x, 6) for x in chi.tolist()], threshold=[round(x, 4) for x in limit.tolist()]))
     said = {r["text"] for r in run.rows(event="warning")}
     for text in warnings_in(rows, names):
         if text in said: continue
-        run.log(event="warning", stage="sac", step=step, text=text)
+        run.log(dict(event="warning", stage="sac", step=step, text=text))
         run.say(f"warning: sac, step {step}: {text}")
 
-# %% ../nbs/09_train.ipynb #a6ee83d0
+# %% ../nbs/09_train.ipynb #5f0c5fc3
 MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}
 
 def finish(run: Run, stage: str, model, seconds: float) -> None:
@@ -322,16 +326,16 @@ def train_supervised(run: Run, stage: str, data: dict):
 def train_sac(run: Run, data: dict):
     "The joint stage, from the network that ABN pretraining left; the network and the seconds that it took."
     c, acc = run.cfg.sac, run.accelerator
+    acc.free_memory()                                                       # what is left of pretraining
     network = fold_bn(freeze_bn(load_stage(run, "abn")))
     weights = sampling_weights(target_frequencies(run, network, data["target"]), c.uniform, absent_classes(run.cfg.data.source))
-    momentum = MomentumNetwork(network, c.gamma_psi).to(run.device)
+    momentum = MomentumNetwork(network, c.gamma_psi).to(run.device, memory_format=torch.channels_last if run.cfg.channels_last else torch.preserve_format)
     teacher = acc.prepare_model(momentum, evaluation_mode=True)
     prior = ClassPrior(network.num_classes, c.gamma_chi, c.loss.beta).to(run.device)
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
     def evaluate_both(step):
-        text = log_evaluations(run, "sac", step, {"student": network, "momentum": momentum.model}, data["val"])
         if acc.is_main_process: figure_of_views(run, teacher, prior, data["target"], step)
-        return text
+        return log_evaluations(run, "sac", step, {"student": network, "momentum": momentum.model}, data["val"])
     seconds = run_stage(run, "sac", c.steps, sac_steps(run, model, network, teacher, prior, optimizer, data, weights),
                         {"model": network, "optimizer": optimizer, "teacher": momentum, "prior": prior, **scaler},
                         evaluate_both, run.cfg.eval_every, lambda: watch(run, prior, network.names))
@@ -471,25 +475,40 @@ def write_report(run: Run) -> Path:
     with written_aside(run.folder / "report.html") as tmp: tmp.write_text(page)
     return run.folder / "report.html"
 
-# %% ../nbs/09_train.ipynb #80e19134
+# %% ../nbs/09_train.ipynb #9b10158f
+def check_shares(run: Run) -> None:
+    "Raise `UserError`, with the numbers of processes that would work for all stages, where a batch cannot be shared out."
+    c, P = run.cfg, run.accelerator.num_processes
+    asked = [("abn.source-batch", c.abn.source_batch, 1)] * bool({*c.stages} - {"sac"})
+    if "sac" in c.stages: asked += [("sac.source-batch", c.sac.source_batch, 1), ("sac.groups", c.sac.groups, c.sac.num_crops + 1)]
+    refused = lambda P: [f"--{option} {batch}" for option, batch, views in asked if not share_out(batch, views, 0, P)]
+    if refused(P):
+        works = ", ".join(str(p) for p in range(1, 1 + max(batch * views for _, batch, views in asked)) if not refused(p))
+        raise UserError(f"{', '.join(refused(P))} cannot be shared by {P} processes; start {works} processes, or give multiples of {P}")
+
+def train_stage(run: Run, stage: str, data: dict) -> None:
+    "One stage, unless it is done."
+    if not run.agreed((run.folder / MODEL_FOLDER[stage]).exists()):
+        network, seconds = train_sac(run, data) if stage == "sac" else train_supervised(run, stage, data)
+        finish(run, stage, network, seconds)
+    if run.accelerator.is_main_process:
+        for old in (run.folder / "checkpoints").glob(f"{stage}_*"): remove(old)
+    run.steps_before += run.cfg.sac.steps if stage == "sac" else run.cfg.abn.steps
+
 def train(cfg: Config) -> Run:
     "Run every stage that is not done yet, then write the report. Raises `UserError` for what the user can mend, `Stopped` where asked to."
-    run = open_run(cfg)
-    data = open_data(run)
-    use_style()
-    with run.stop:
-        for stage in cfg.stages:
-            steps = cfg.sac.steps if stage == "sac" else cfg.abn.steps
-            if not (run.folder / MODEL_FOLDER[stage]).exists():
-                network, seconds = train_sac(run, data) if stage == "sac" else train_supervised(run, stage, data)
-                finish(run, stage, network, seconds)
-            if run.accelerator.is_main_process:
-                for old in checkpoints(run, stage): remove(old)
-            run.steps_before += steps
-    if run.accelerator.is_main_process:
-        figure_of_examples(run, data)
-        run.say(f"\n{result_table(run)}\n\nreport: {write_report(run)}" if results(run) else f"\nreport: {write_report(run)}")
-    run.accelerator.end_training()
+    accelerator = start_accelerator(cfg)
+    with alone(Path(cfg.runs) / cfg.name) if accelerator.is_main_process else nullcontext():
+        run = open_run(cfg, accelerator)
+        check_shares(run)
+        data = open_data(run)
+        use_style()
+        with run.stop:
+            for stage in cfg.stages: train_stage(run, stage, data)
+        if accelerator.is_main_process:
+            figure_of_examples(run, data)
+            run.say(f"\n{result_table(run)}\n\nreport: {write_report(run)}" if results(run) else f"\nreport: {write_report(run)}")
+    accelerator.end_training()
     return run
 
 # %% ../nbs/09_train.ipynb #a18e4318

@@ -4,7 +4,7 @@ import os
 import pytest
 
 # Before anything imports torch or matplotlib, and inherited by every process that a test starts.
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # what the suite is timed for
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores (pytest.ini)
 os.environ["MPLBACKEND"] = "agg"               # no window
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test needs a network
 

@@ -58,7 +58,33 @@ def test_pretraining_shares_batch_norm(one):
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_work(one):
     done = train(one, *SGD, "--name", "odd", "--abn.source-batch", "3", launch=launched(2))
-    assert done.returncode != 0 and "--abn.source-batch 3 cannot be shared by 2 processes; start 1, 3 processes, or give a multiple of 2" in done.stderr
+    assert done.returncode != 0 and "--abn.source-batch 3 cannot be shared by 2 processes; start 1 processes, or give multiples of 2" in done.stderr
+    done = train(one, *SGD, "--name", "late", "--sac.source-batch", "3", "--sac.groups", "6", launch=launched(2))     # before pretraining, not after it
+    assert done.returncode != 0 and "--sac.source-batch 3 cannot be shared by 2 processes; start 1 processes" in done.stderr
+    assert not (one / "runs" / "late" / "log.jsonl").exists()
+
+
+def test_a_target_batch_too_small_to_be_shared_is_everybodys(one):
+    "The released VGG models pretrain with two target images on four GPUs: they only move statistics, which are the same if all see both."
+    for name, launch in (("target1", launched(1)), ("target2", launched(2))):
+        done = train(one, *SGD, "--abn.target-batch", "1", "--stages", "abn", "--name", name, launch=launch)
+        assert done.returncode == 0, done.stderr
+    assert close(weights(one, "target1", "model_abn"), weights(one, "target2", "model_abn"), rtol=1e-2)     # variances are counted twice, n / (n - 1) with another n
+
+
+def test_bf16_on_two_processes(one):
+    done = train(one, *SGD, "--mixed-precision", "bf16", "--name", "bf16", launch=launched(2))
+    assert done.returncode == 0, done.stderr
+    assert all(v.dtype == torch.float32 for k, v in weights(one, "bf16").items() if "num_batches" not in k)
+
+
+def test_machines_without_a_common_disk_are_refused(one):
+    "Each process works in a folder of its own."
+    script = one / "apart.py"
+    script.write_text("import os, sys\nos.makedirs('disk' + os.environ['RANK'], exist_ok=True)\nos.chdir('disk' + os.environ['RANK'])\n"
+                      "import sac_lit.train\nsac_lit.train.main(sys.argv[1:])\n")
+    done = train(one, *SGD, "--name", "apart", launch=(*launched(2)[:-2], str(script)))
+    assert done.returncode != 0 and "the processes [1] do not see what process 0 wrote there" in done.stderr
 
 
 def test_workers_change_nothing(one):

@@ -1,4 +1,5 @@
 """Whatever ends a run, the same command goes on, and the result is that of a run that was left alone."""
+import errno
 import os
 import random
 import resource
@@ -11,6 +12,10 @@ import time
 import pytest
 import torch
 from jobs import ENV, MODULE, SMALL, log, start, train, weights
+
+from sac_lit.core import UserError
+from sac_lit.runs import Config, Progress, checkpoints, load_checkpoint, open_run, save_checkpoint
+from sac_lit.train import main
 
 BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step
 
@@ -192,3 +197,102 @@ def test_stalled_worker(whole):
     assert "data worker 0 of 1 delivered nothing for 3 s" in done.stderr and ".png" in done.stderr
     assert train(cwd, *BUSY, "--name", "stalled").returncode == 0
     assert_as_undisturbed(cwd, "stalled")
+
+
+def test_signal_to_the_whole_group(whole):
+    "What a cluster does: the workers get the SIGTERM too, and still deliver the batch that the training needs to finish its step."
+    cwd, _ = whole
+    args = ("--checkpoint-every", "100", "--log-every", "1", "--data.workers", "2", "--name", "group")
+    process = subprocess.Popen([sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    path = cwd / "runs" / "group" / "log.jsonl"
+    wait_for(lambda: path.exists() and log(cwd, "group", stage="abn"), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and errors.strip().splitlines()[-1].startswith("stopped as asked (abn, step "), errors
+    assert list((cwd / "runs" / "group" / "checkpoints").glob("abn_*"))
+    assert train(cwd, *args).returncode == 0
+    assert_as_undisturbed(cwd, "group")
+
+
+def test_end_of_the_launcher(whole):
+    "`accelerate launch` dies of a SIGTERM without a word to the training, which notices, saves and ends; until then the run is locked."
+    cwd, _ = whole
+    launch = (os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", *MODULE)
+    args = ("--checkpoint-every", "1000", "--log-every", "1", "--name", "launched", "--abn.steps", "400")
+    process = subprocess.Popen([*launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = cwd / "runs" / "launched"
+    wait_for(lambda: (folder / "log.jsonl").exists() and log(cwd, "launched", stage="abn"), process)
+    second = train(cwd, *args)
+    assert second.returncode == 2 and "another process is at work in this run" in second.stderr and len(second.stderr.strip().splitlines()) == 1
+    process.terminate()
+    process.wait(timeout=60)
+    end = time.time() + 60
+    while not list((folder / "checkpoints").glob("abn_*[0-9]")) and time.time() < end: time.sleep(.05)
+    assert len(list((folder / "checkpoints").glob("abn_*[0-9]"))) == 1
+    assert log(cwd, "launched", stage="abn")[-1]["step"] < 400
+
+
+def test_first_start_that_was_cut_off(whole):
+    "Killed while the first file was written, or in the middle of --fresh: the folder can still be opened."
+    cwd, _ = whole
+    folder = cwd / "runs" / "cut"
+    folder.mkdir()
+    (folder / "config.json.tmp").write_text('{"config": {')
+    assert train(cwd, *BUSY, "--name", "cut", "--stages").returncode == 0
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    assert train(cwd, *BUSY, "--name", "cut", "--fresh").returncode == 0
+    assert_as_undisturbed(cwd, "cut")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    "A run with two checkpoints of a small model."
+    run = open_run(Config(name="small", runs=str(tmp_path)))
+    run.log({"event": "step", "stage": "abn", "step": 0})
+    model, progress = torch.nn.Linear(2, 2), Progress()
+    for step in (1, 2):
+        progress.step = step
+        save_checkpoint(run, "abn", {"model": model, "progress": progress})
+    return run, {"model": model, "progress": progress}
+
+
+def test_disk_that_does_not_answer(saved, monkeypatch):
+    "An error of the disk is no damage: nothing is removed, and the run does not start over."
+    run, state = saved
+    def stale(*args, **kwargs): raise OSError(errno.ESTALE, "Stale file handle")
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", stale)
+        with pytest.raises(UserError, match="abn_0000002: cannot be read .Stale file handle.; nothing was changed"): load_checkpoint(run, "abn", state)
+    assert [p.name for p in checkpoints(run, "abn")] == ["abn_0000001", "abn_0000002"]
+
+
+def test_any_flipped_bit_is_noticed(saved, capsys):
+    run, state = saved
+    path, dice = checkpoints(run, "abn")[-1], random.Random(0)
+    good = (path / "state.pt").read_bytes()
+    weight = state["model"].weight.clone()
+    for _ in range(150):
+        data, k = bytearray(good), dice.randrange(8 * len(good))
+        data[k // 8] ^= 1 << k % 8
+        (path / "state.pt").write_bytes(data)
+        state["progress"].step = 0
+        load_checkpoint(run, "abn", state)
+        assert state["progress"].step in (1, 2) and torch.equal(state["model"].weight, weight)      # the one before, or a bit of no meaning
+        aside = path.with_name(f"{path.name}.damaged")
+        if aside.exists(): os.replace(aside, path)
+    assert "set aside as abn_0000002.damaged" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_not_saved(saved):
+    run, state = saved
+    torch.nn.init.constant_(state["model"].bias, torch.inf)
+    state["progress"].step = 3
+    with pytest.raises(UserError, match="abn_0000003: not saved, since bias is not finite"): save_checkpoint(run, "abn", state)
+    assert [p.name for p in checkpoints(run, "abn")] == ["abn_0000001", "abn_0000002"]
+
+
+@pytest.mark.parametrize("option", ["--log-every", "--checkpoint-every", "--keep", "--sac.period"])
+def test_numbers_that_must_not_be_zero(tmp_path, option, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end: main(["toy", option, "0"])
+    assert end.value.code == 2 and f"{option} 0: give a number of at least 1" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from sac_lit.abn_pretraining import abn_step, freeze_bn
 from sac_lit.core import generator
 from sac_lit.crop_fusion import crop_theta
 from sac_lit.datasets import normalize, photometric_noise, source_view, target_views
-from sac_lit.deeplabv2 import build_model, param_groups, upsample
+from sac_lit.deeplabv2 import build_model, param_groups
 from sac_lit.ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision
 from sac_lit.focal_loss import focal_loss
 from sac_lit.moving_threshold import ClassPrior
