@@ -117,10 +117,12 @@ def reference(module: Module) -> str:
     return f"## Reference\n\nWhat `{module.name}` exports, in the order of this page.\n\n```{{py:currentmodule}} {module.name}\n```\n\n{blocks}"
 
 
-def summary(modules: list[Module]) -> str:
-    "The page that names everything, a table for each module."
-    parts = ["# Reference\n\n> Every name that the library exports, by module, with the first sentence of its description\n"]
-    for module in modules:
-        rows = [f"| {{py:obj}}`{s.name} <{module.name}.{s.name}>` | {s.doc.splitlines()[0] if s.doc else ''} |" for s in module.symbols]
-        parts.append("\n".join([f"## {module.name}\n", "| name | |", "|---|---|", *rows, ""]))
+def summary(modules: dict[str, Module]) -> str:
+    "The page that names everything: for each page, a table of what has a description, and the other names."
+    parts = ["# Reference\n\n> Every name that the library exports, by module, with the first line of its description\n"]
+    for docname, module in modules.items():
+        ref = lambda s: f"{{py:obj}}`{s.name} <{module.name}.{s.name}>`"
+        rows = [f"| {ref(s)} | {s.doc.splitlines()[0]} |" for s in module.symbols if s.doc]
+        others = ", ".join(ref(s) for s in module.symbols if not s.doc)
+        parts.append("\n".join([f"## {module.name}\n", f"Explained in {{doc}}`{docname}`.\n", "| | |", "|---|---|", *rows, "", f"Also: {others}\n" if others else ""]))
     return "\n".join(parts)

@@ -22,7 +22,7 @@ from directives import CALLOUT, LINK, NBS, module_of, notebooks, page, read, sta
 
 SITE, ROOT = NBS / "site", NBS.parent
 KEPT = "README_files"   # of docs/, which readme.py fills
-ICONS = re.compile(r'<script[^>]*fontawesome[.]js[^>]*></script>')   # a script of all icons; site.css has the few that are used
+ICONS = re.compile(r"<script[^>]*fontawesome[.]js[^>]*></script>|@font-face{[^}]*fontawesome[^}]*}")   # of all icons; site.css has the few that are used
 UNUSED = ("_static/scripts/fontawesome.js", "_static/vendor", "_static/images", "**/*.map", "**/*.LICENSE.txt", ".buildinfo", "objects.inv", "_sources", "_static/locales", "_static/*webpack-macros.html")
 TAGS = {"echo": ("false", "remove-input"), "code-fold": ("true", "hide-input")}
 
@@ -83,7 +83,7 @@ def write_sources(folder: Path) -> None:
             entries = [f"{p.stem.split('_')[0]} {title(p)} <{page(p)}>" for p in modules]
             nb.cells.append(new_markdown_cell("\n".join(["```{toctree}", ":hidden:", "", *entries, "reference", "```"]), id="toctree"))
         nbformat.write(nb, folder / f"{page(path)}.ipynb")
-    (folder / "reference.md").write_text(api.summary(list(modules.values())))
+    (folder / "reference.md").write_text(api.summary({page(path): module for path, module in modules.items()}))
 
 
 def title(path: Path) -> str:
@@ -100,7 +100,7 @@ def build(out: Path) -> None:
         if subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "0"}).returncode: sys.exit("the site was not built, for the reasons above")
         for pattern in UNUSED:
             for path in html.glob(pattern): shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in html.rglob("*.html"): path.write_text(ICONS.sub("", path.read_text()))
+        for path in [*html.rglob("*.html"), *html.rglob("*.css")]: path.write_text(ICONS.sub("", path.read_text()))
         mathjax = Path(find_spec("mathjax").origin).parent / "static/mathjax/es5/tex-svg.js"   # the package django-static-mathjax
         shutil.copy(mathjax, html / "_static")
         (html / ".nojekyll").touch()

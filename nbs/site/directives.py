@@ -47,10 +47,15 @@ def mark_export(cell) -> None:
     if "export" in (cell.directives_ or {}): cell.metadata["exported"] = True
 
 
+def value(text: str) -> str:
+    "That of a directive: plain, or quoted as in YAML."
+    return re.sub(r'\\(["\\])', r"\1", text[1:-1]) if text[:1] == '"' else text.strip("'")
+
+
 def follow(cell: nbformat.NotebookNode) -> bool:
     "Keep Quarto's options of a code cell as metadata `options`; false where the cell is not shown."
     if cell.cell_type != "code": return True
-    options = {k: v.strip("\"'") for k, v in re.findall(r"^#\| *([\w-]+) *: *(.*?) *$", cell.source, re.M)}
+    options = {k: value(v) for k, v in re.findall(r"^#\| *([\w-]+) *: *(.*?) *$", cell.source, re.M)}
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     cell.metadata["options"] = options
     if options.get("output") == "false": cell.outputs = []

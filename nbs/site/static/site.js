@@ -5,7 +5,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const long = inputs.filter(input => input.innerText.trim().includes("\n"));
   const fold = (all, state) => all.forEach(input => input.classList.toggle("folded", state));
   long.forEach(input => input.append(button("fold", "Fold or unfold this code", () => fold([input]))));
-  const header = document.querySelector(".header-article-items__end .header-article__inner, .header-article-items__end");
+  const header = document.querySelector(".article-header-buttons");
   if (long.length && header) {
     const all = button("btn btn-sm fold-all", "Fold or unfold all code", () => fold(long, !long.every(input => input.classList.contains("folded"))));
     all.textContent = "{…}";
