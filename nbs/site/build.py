@@ -47,7 +47,8 @@ def adapt_code(cell: nbformat.NotebookNode, module: str | None) -> list[nbformat
     tags = [tag for option, (value, tag) in TAGS.items() if options.get(option) == value] + ["library"] * bool(names)
     mystnb = {"image": {"alt": options.get("fig-alt", options.get("fig-cap", "Figure that the text describes"))}}
     if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body):
-        tags, mystnb["code_prompt_show"] = [*tags, "hide-input"], "imports"
+        tags = [*tags, "hide-input"]
+        mystnb |= {"code_prompt_show": "imports", "code_prompt_hide": "imports"}
     for output in cell.outputs:
         if "text/markdown" in output.get("data", {}): output.data["text/markdown"] = for_myst(output.data["text/markdown"])
     cell.metadata = {"tags": tags, "mystnb": mystnb}

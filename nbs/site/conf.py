@@ -3,14 +3,14 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))   # for links
+sys.path.insert(0, str(Path(__file__).parent))   # for excerpts and links
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parents[2] / "settings.ini")
 settings = settings["DEFAULT"]
 
 project, author, version, copyright = (settings[key] for key in ("title", "author", "version", "copyright"))
 language = "en"
-extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton", "links"]
+extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton", "excerpts", "links"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"   # of outputs
@@ -20,7 +20,7 @@ viewcode_follow_imported_members = False
 add_module_names = False
 python_maximum_signature_line_length = 72
 python_display_short_literal_types = True
-toc_object_entries_show_parents = "hide"
+toc_object_entries = False
 pygments_style = "friendly"
 
 html_theme = "sphinx_book_theme"

@@ -24,14 +24,26 @@ SYMBOLS = {name: api.Module(NBS.parent / f"{name.replace('.', '/')}.py").symbols
 PLACES = {f"{m}.{s.name}": f"{MODULES[m]}#{m}.{s.name}" for m in SYMBOLS for top in SYMBOLS[m] for s in (top, *top.members)}
 NAME = r'<span class="n[a-z]*">(\w+)</span>'
 DOT = '<span class="o">.</span>'
-CHAIN = re.compile(rf'(?<!{re.escape(DOT)}){NAME}(?:{re.escape(DOT)}{NAME})*(?! *<span class="o">=</span>)')
+CHAIN = re.compile(rf'(?<!{re.escape(DOT)}){NAME}(?:{re.escape(DOT)}{NAME})*(?! *<span class="o">=</span>)(?P<call>(?=<span class="p">\())?')
+
+
+@cache
+def code_of(docname: str) -> list[ast.AST]:
+    "All nodes of a page's code."
+    cells = [cell for cell in nbformat.read(NOTEBOOKS[docname], as_version=4).cells if cell.cell_type == "code"]
+    return [node for cell in cells for top in statements(cell.source) for node in ast.walk(top)]
+
+
+@cache
+def variables(docname: str) -> set[str]:
+    "Names that stand for a parameter or a variable somewhere on a page."
+    return {n.arg if isinstance(n, ast.arg) else n.id for n in code_of(docname) if isinstance(n, ast.arg) or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 @cache
 def meanings(docname: str) -> dict[str, str]:
     "What names mean in the code of a page: what it imports, and what it exports."
-    code = [node for cell in nbformat.read(NOTEBOOKS[docname], as_version=4).cells if cell.cell_type == "code" for node in statements(cell.source)]
-    imports = [(node, alias) for top in code for node in ast.walk(top) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    imports = [(node, alias) for node in code_of(docname) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     found = {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for node, a in imports if isinstance(node, ast.Import)}
     found |= {a.asname or a.name: f"{node.module}.{a.name}" for node, a in imports if isinstance(node, ast.ImportFrom)}
     return found | {s.name: f"{m}.{s.name}" for m in SYMBOLS if MODULES[m] == docname for s in SYMBOLS[m]}
@@ -76,12 +88,13 @@ def to_torch(app, env, node, content):
 
 
 def link_code(app, pagename: str, templatename, context: dict, doctree) -> None:
-    "Names in highlighted code become links; of `a.b.c` as many parts as are known."
+    "Names in highlighted code become links; of `a.b.c` as many parts as are known. A name that is also a variable's: where it is called."
     docname = MODULES.get(pagename.removeprefix("_modules/").replace("/", "."), pagename)
     if docname not in NOTEBOOKS: return
 
     def linked(match: re.Match) -> str:
         parts = match[0].split(DOT)
+        if match[1].islower() and match[1] in variables(docname) and match["call"] is None: return match[0]
         for n in range(len(parts), 0, -1):
             full = in_code(".".join(re.sub("<.*?>", "", part) for part in parts[:n]), docname)
             if not full: continue
