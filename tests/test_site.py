@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
-from house import LIB, MACHINE_PATH, MODULES, NBS, NOTEBOOKS, ROOT, parsed
+from house import LIB, MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, parsed
 
 sys.path.insert(0, str(NBS / "site"))
 DOCS = ROOT / "docs"
@@ -122,7 +122,9 @@ def test_search_finds(words, page, tmp_path):
 
 
 @browser
-def test_equations_are_typeset(tmp_path):
-    page = shown("moving_threshold.html", tmp_path)
-    assert page.count("<mjx-container") == len(re.findall(r'class="math ', page)) > 20
-    assert "merror" not in page.partition("<body")[2]
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_equations_are_typeset(path, tmp_path):
+    from directives import page
+    made = shown(f"{page(path)}.html", tmp_path).partition("<body")[2]
+    assert made.count("<mjx-container") == len(re.findall(r'class="math ', made))
+    assert "merror" not in made

@@ -121,8 +121,8 @@ def summary(modules: dict[str, Module]) -> str:
     "The page that names everything: for each page, a table of what has a description, and the other names."
     parts = ["# Reference\n\n> Every name that the library exports, by module, with the first line of its description\n"]
     for docname, module in modules.items():
-        ref = lambda s: f"{{py:obj}}`{s.name} <{module.name}.{s.name}>`"
-        rows = [f"| {ref(s)} | {s.doc.splitlines()[0]} |" for s in module.symbols if s.doc]
-        others = ", ".join(ref(s) for s in module.symbols if not s.doc)
+        refs = {s.name: f"{{py:obj}}`{s.name} <{module.name}.{s.name}>`" for s in module.symbols}
+        rows = [f"| {refs[s.name]} | {s.doc.splitlines()[0]} |" for s in module.symbols if s.doc]
+        others = ", ".join(refs[s.name] for s in module.symbols if not s.doc)
         parts.append("\n".join([f"## {module.name}\n", f"Explained in {{doc}}`{docname}`.\n", "| | |", "|---|---|", *rows, "", f"Also: {others}\n" if others else ""]))
     return "\n".join(parts)

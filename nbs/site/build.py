@@ -48,7 +48,7 @@ def adapt_code(cell: nbformat.NotebookNode, module: str | None) -> list[nbformat
     mystnb = {"image": {"alt": options.get("fig-alt", options.get("fig-cap", "Figure that the text describes"))}}
     if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body):
         tags = [*tags, "hide-input"]
-        mystnb |= {"code_prompt_show": "imports", "code_prompt_hide": "imports"}
+        mystnb |= dict.fromkeys(("code_prompt_show", "code_prompt_hide"), f"imports of the {'library' if 'exported' in cell.metadata else 'notebook'}")
     for output in cell.outputs:
         if "text/markdown" in output.get("data", {}): output.data["text/markdown"] = for_myst(output.data["text/markdown"])
     cell.metadata = {"tags": tags, "mystnb": mystnb}
@@ -81,7 +81,7 @@ def write_sources(folder: Path) -> None:
     for path in paths:
         nb = adapt(path, modules.get(path))
         if path.stem == "index":
-            entries = [f"{p.stem.split('_')[0]} {title(p)} <{page(p)}>" for p in modules]
+            entries = [f"{p.stem.split('_')[0]} {title(p)} <{page(p)}>" for p in paths[1:]]
             nb.cells.append(new_markdown_cell("\n".join(["```{toctree}", ":hidden:", "", *entries, "reference", "```"]), id="toctree"))
         nbformat.write(nb, folder / f"{page(path)}.ipynb")
     (folder / "reference.md").write_text(api.summary({page(path): module for path, module in modules.items()}))
@@ -98,7 +98,7 @@ def build(out: Path) -> None:
         source.mkdir()
         write_sources(source)
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", SITE, "-d", Path(work, "trees"), source, html]
-        if subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "0"}).returncode: sys.exit("the site was not built, for the reasons above")
+        if subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}).returncode: sys.exit("the site was not built, for the reasons above")
         for pattern in UNUSED:
             for path in html.glob(pattern): shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in [*html.rglob("*.html"), *html.rglob("*.css")]: path.write_text(ICONS.sub("", path.read_text()))
