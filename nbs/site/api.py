@@ -81,7 +81,7 @@ class Module:
 
     def of_class(self, name: str, node: ast.ClassDef) -> Symbol:
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in self.text(n.annotation)]
         symbol = Symbol(name, "class", doc=ast.get_docstring(node) or "", bases=[self.text(b) for b in node.bases])
         for start in (m for m in methods if m.name == "__init__"):
             made = self.of_function(name, start, "class")
