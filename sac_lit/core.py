@@ -125,7 +125,7 @@ def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of int
         ax.set_title(title)
     return list(axes.flat)
 
-# %% ../nbs/00_core.ipynb #00fae289
+# %% ../nbs/00_core.ipynb #07ffc646
 class ConfusionMatrix:
     "Integer counts of (true class, predicted class) and the scores that follow from them."
     def __init__(self,
@@ -141,13 +141,13 @@ class ConfusionMatrix:
               ) -> "ConfusionMatrix":
         "Count a batch. Raises `ValueError` where shapes differ or a value is no class."
         if pred.shape != label.shape: raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
-        keep = label != self.ignore_index
-        pred, label = pred[keep].long(), label[keep].long()
+        if not label.numel(): return self
+        C, known = self.num_classes, label != self.ignore_index
         for what, x in (("prediction", pred), ("label", label)):
-            if x.numel() and not 0 <= x.min() <= x.max() < self.num_classes:
-                raise ValueError(f"{what} has values from {x.min()} to {x.max()}, expected 0 to {self.num_classes - 1}")
-        pairs = torch.bincount(label * self.num_classes + pred, minlength=self.num_classes ** 2)
-        self.counts += pairs.view_as(self.counts).cpu()
+            low, high = x.where(known, 0).aminmax()
+            if not 0 <= low <= high < C: raise ValueError(f"{what} has values from {low} to {high}, expected 0 to {C - 1}")
+        pairs = torch.where(known, label.int() * C + pred.int(), C * C)          # ignored pixels are counted apart
+        self.counts += torch.bincount(pairs.flatten(), minlength=C * C + 1)[:-1].view(C, C).cpu()
         return self
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":

@@ -10,10 +10,14 @@ __all__ = ['LAYOUTS', 'TRAIN_ID_LAYOUT', 'TURNS', 'SUFFIXES', 'Root', 'LAYOUT_AU
            'read_classes', 'folder_files', 'read_folder', 'folder', 'Finding', 'look_at', 'in_parallel', 'doubts',
            'class_table', 'audit', 'Audit', 'write_list', 'AuditGTA5', 'AuditSynthia', 'AuditCityscapes', 'AuditFolder',
            'main', 'normalize', 'matching_statistics', 'cut', 'uniform', 'chance', 'random_box', 'color_jitter',
-           'source_view', 'target_views', 'photometric_noise', 'permutation', 'epoch_index', 'StepSampler']
+           'source_view', 'target_views', 'photometric_noise', 'permutation', 'epoch_index', 'StepSampler',
+           'CachedDataset', 'fingerprint', 'mapped', 'fill', 'cached']
 
-# %% ../nbs/01_datasets.ipynb #7a79fa4c
+# %% ../nbs/01_datasets.ipynb #63d7c9db
+import fcntl
+import hashlib
 import math
+import os
 import re
 import sys
 from collections import Counter, deque
@@ -592,6 +596,63 @@ class StepSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         for step in range(self.start, self.stop): yield [self.pick(step, slot) for slot in self.slots]
+
+# %% ../nbs/01_datasets.ipynb #cc987c13
+class CachedDataset(SegmentationDataset):
+    "A data set whose decoded images and label maps are read from two files in a folder."
+    def __init__(self, dataset: SegmentationDataset, place: Path):
+        self.__dict__ |= vars(dataset)
+        self.place = place
+
+    def __getitem__(self, i: int) -> dict:  # as `SegmentationDataset`
+        read = lambda name: torch.from_numpy(np.load(self.place/f"{name}.npy", mmap_mode="r")[i].copy())
+        return {"image": read("image"), "index": i} | ({"label": read("label")} if self.labels else {})
+
+def fingerprint(dataset: SegmentationDataset) -> str:
+    "16 digits that depend on the files (path, size, time of change), the size of the images and the table of ids."
+    stats = [(str(p), s.st_size, s.st_mtime_ns) for p in (*dataset.images, *(dataset.labels or ())) for s in [p.stat()]]
+    return hashlib.sha256(repr((dataset.size, stats)).encode() + dataset.table.tobytes()).hexdigest()[:16]
+
+def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    "A file of bytes mapped into memory, made where it is not there. Raises `UserError` where the disk has no room for it."
+    try:
+        if not path.exists(): np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)     # now: later, a full disk would end the process
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path}: no room for {math.prod(shape) / 1e9:.1f} GB ({e.strerror}); free the disk, or name another folder with --data.cache") from None
+    return np.load(path, mmap_mode="r+")
+
+def fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
+    "Decode the images of a data set into a folder, from where an earlier attempt has stopped."
+    place.mkdir(parents=True, exist_ok=True)
+    arrays = {"image": mapped(place/"image.npy", (len(dataset), 3, *dataset.size))}
+    if dataset.labels: arrays["label"] = mapped(place/"label.npy", (len(dataset), *dataset.size))
+    start = int((place/"done").read_text()) if (place/"done").exists() else 0
+    def note(count):
+        for a in arrays.values(): a.flush()
+        (place/"done.tmp").write_text(str(count))
+        os.replace(place/"done.tmp", place/"done")
+    samples = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers)
+    for i, sample in enumerate(progress_bar(samples, leave=False) if sys.stdout.isatty() else samples, start):
+        for name, a in arrays.items(): a[i] = sample[name].numpy()
+        if i % 64 == 63: note(i + 1)
+    note(len(dataset))
+
+def cached(dataset: SegmentationDataset,
+           folder,            # where caches are kept
+           workers: int = 0,  # processes that decode
+          ) -> CachedDataset:
+    "The data set with its decoded images in a file, which is made where it is not there. Raises `UserError` where images have no common size."
+    if dataset.size is None: raise UserError("--data.cache: images of any size cannot share a file; give --data.source-size and --data.target-size")
+    place = Path(folder)/fingerprint(dataset)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            fill(dataset, place.with_suffix(".partial"), workers)
+            os.replace(place.with_suffix(".partial"), place)
+    return CachedDataset(dataset, place)
 
 # %% ../nbs/01_datasets.ipynb #232aede3
 if __name__ == "__main__" and "__file__" in globals(): main()

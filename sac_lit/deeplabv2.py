@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'CARD', 'FORGOTTEN', 'BUFFERS', 'ASPP', 'dilate', 'kaiming', 'DeepLabResNet101', 'vgg_trunk', 'DeepLabVGG16',
-           'upsample', 'FCN8sVGG16', 'tiny_block', 'DeepLabTiny', 'SegmentationModel', 'read_weights', 'mismatch',
-           'load_imagenet', 'build_model', 'Forgotten', 'read_snapshot', 'recognise', 'load_snapshot', 'save_snapshot',
-           'param_groups']
+           'upsample', 'FCN8sVGG16', 'tiny_block', 'DeepLabTiny', 'SegmentationModel', 'row_strips', 'most_likely',
+           'read_weights', 'mismatch', 'load_imagenet', 'build_model', 'Forgotten', 'read_snapshot', 'recognise',
+           'load_snapshot', 'save_snapshot', 'param_groups']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
 import io
@@ -31,7 +31,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from .core import NAMES, UserError
 
-# %% ../nbs/02_deeplabv2.ipynb #e2698074
+# %% ../nbs/02_deeplabv2.ipynb #61f928ae
 class ASPP(nn.Module):
     "The head of DeepLabv2: the sum of 3 x 3 convolutions with different dilations, straight to class scores."
     def __init__(self, channels: int, num_classes: int, rates=(6, 12, 18, 24)):
@@ -42,7 +42,15 @@ class ASPP(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, h, w) -> (B, C, h, w)
-        return sum(conv(x) for conv in self.conv2d_list)
+        taps = sum(c.weight[:, 0].numel() for c in self.conv2d_list)
+        return self.by_taps(x) if x.shape[1] > taps else sum(conv(x) for conv in self.conv2d_list)
+
+    def by_taps(self, x: torch.Tensor) -> torch.Tensor:
+        "The same sum, every tap first: one 1 x 1 convolution to a map for each class, rate and tap; then the maps are shifted and added."
+        weight = torch.cat([c.weight.flip(-2, -1).permute(0, 2, 3, 1).flatten(0, 2) for c in self.conv2d_list])  # (R·C·9, channels)
+        maps = F.conv2d(x, weight[..., None, None]).to(weight.dtype).flatten(2).chunk(len(self.conv2d_list), 1)  # R times (B, C·9, h·w)
+        shifted = (F.fold(m, x.shape[-2:], 3, c.dilation, c.padding) for m, c in zip(maps, self.conv2d_list))
+        return sum(shifted) + sum(c.bias for c in self.conv2d_list)[:, None, None]
 
 # %% ../nbs/02_deeplabv2.ipynb #d307c11b
 def dilate(net: nn.Module, rate: int) -> None:
@@ -202,6 +210,28 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         except (HFValidationError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
             what = "holds no model, config.json and model.safetensors" if place.is_dir() else "no such folder, and no such model on the Hub"
             raise UserError(f"{folder}: {what} ({' '.join(str(e).split())[:200]}); {advice}") from e
+
+# %% ../nbs/02_deeplabv2.ipynb #a777877c
+def row_strips(h: int,  # rows of the logits
+               H: int,  # rows after `upsample`
+               like: torch.Tensor,  # whose device and precision to take
+               rows: int | None = None,  # of a strip; by default 16 on a CPU, all on a GPU
+              ) -> list[tuple[slice, slice, torch.Tensor]]:  # rows of the result, rows of the logits between which they lie, the matrix (rows, those)
+    "The vertical half of `upsample` as one small matrix for each strip of the result."
+    rows = rows or (16 if like.device.type == "cpu" else H)
+    matrix = F.interpolate(torch.eye(h, device=like.device, dtype=like.dtype)[None], H, mode="linear", align_corners=True)[0].T  # (H, h)
+    lies = lambda y: y * (h - 1) // max(H - 1, 1)                                                      # row y lies below this one
+    strips = [(slice(y, min(y + rows, H)), slice(max(lies(y) - 1, 0), lies(min(y + rows, H) - 1) + 2)) for y in range(0, H, rows)]
+    return [(there, here, matrix[there, here].contiguous()) for there, here in strips]
+
+def most_likely(logits: torch.Tensor,  # (B, C, h, w)
+                size,                  # (H, W)
+               ) -> torch.Tensor:      # int64 (B, H, W)
+    "The class with the highest upsampled score at every pixel."
+    wide = upsample(logits.float(), (logits.shape[-2], size[1]))                                       # (B, C, h, W)
+    strips = row_strips(wide.shape[-2], size[0], wide)
+    with torch.autocast(wide.device.type, enabled=False):                                             # all of it in float32
+        return torch.stack([torch.cat([(a @ y[:, here]).max(0).indices for _, here, a in strips]) for y in wide])  # on a CPU, max is faster than argmax
 
 # %% ../nbs/02_deeplabv2.ipynb #bb019b78
 def read_weights(imagenet, weights: str | Path) -> dict[str, torch.Tensor]:

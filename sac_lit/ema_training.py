@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MomentumNetwork', 'Views', 'SelfSupervision', 'pseudo_supervision', 'accumulate', 'sac_step']
 
-# %% ../nbs/08_ema_training.ipynb #216d1f9d
+# %% ../nbs/08_ema_training.ipynb #17c3ac6f
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 
 from .abn_pretraining import freeze_bn, source_loss
-from .crop_fusion import fuse
+from .crop_fusion import pool_views, view_of
 from .deeplabv2 import upsample
 from .focal_loss import batch_confidence, focal_loss
-from .moving_threshold import ClassPrior, pseudo_labels
+from .moving_threshold import ClassPrior, accept
 
 # %% ../nbs/08_ema_training.ipynb #807f4a42
 class MomentumNetwork(nn.Module):
@@ -68,8 +68,8 @@ class SelfSupervision:
     pool: Literal["mean", "min_entropy"] = "mean"  # how the views' predictions are fused
     average_confidence: bool = False  # weight the loss by the batch's mean confidence, as the released code does, not the pixel's own
 
-# %% ../nbs/08_ema_training.ipynb #e8f68396
-@torch.no_grad()
+# %% ../nbs/08_ema_training.ipynb #4d6ba226
+@torch.inference_mode()
 def pseudo_supervision(teacher: MomentumNetwork,
                        prior: ClassPrior,  # updated here
                        views: Views,
@@ -77,16 +77,23 @@ def pseudo_supervision(teacher: MomentumNetwork,
                        reduce=None,  # takes a tensor to its mean over processes
                        gather=None,  # takes (B, t, ...) to (B, T, ...) where processes share a group
                        micro_batch: int = 0,  # views in one pass; 0: all
-                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # labels (B·t, H, W), confidence (B·t, H, W), fused softmax (B, t, C, H, W)
+                      ) -> tuple[torch.Tensor, torch.Tensor]:  # labels int64 (B·t, H, W), confidence (B·t, H, W)
     "Pseudo labels of a target batch (section 3.3, eqs. 1-5)."
-    clean = views.clean.flatten(0, 1)                                      # (B·t, 3, H, W)
-    logits = torch.cat([teacher(x).float() for x in clean.split(micro_batch or len(clean))])
-    probs = upsample(logits, clean.shape[-2:]).softmax(1).unflatten(0, views.clean.shape[:2])  # (B, t, C, H, W)
-    prior.update(probs, reduce=reduce)
-    if gather: probs = gather(probs)                                       # (B, T, C, H, W)
-    fused, seen = (x[:, views.mine] for x in fuse(probs, views.theta, pool=hp.pool))
-    labels, confidence = pseudo_labels(fused.flatten(0, 1), prior.chi, hp.zeta, hp.beta, hp.floor, valid=seen.flatten(0, 1))
-    return labels, confidence, fused
+    clean, size = views.clean.flatten(0, 1), views.clean.shape[-2:]
+    logits = torch.cat([teacher(x) for x in clean.split(micro_batch or len(clean))]).unflatten(0, views.clean.shape[:2])
+    if gather: logits = gather(logits)                                     # (B, T, C, h, w)
+    shares, peaks = [], []
+    def predictions(group):                                                # (T, C, h, w) -> T times (C, H, W)
+        for z in group:
+            probs = upsample(z[None].float(), size)[0].softmax(0)
+            shares.append(probs.mean((1, 2)))                              # (C,)
+            yield probs
+    for group, theta in zip(logits, views.theta):
+        canvas = pool_views(predictions(group), theta, pool=hp.pool)       # (C + 1, H, W)
+        peaks += [view_of(canvas, t)[0].max(0) for t in theta[views.mine]]
+    prior.update(torch.stack(shares)[..., None, None], reduce)             # one pixel a view, which has the shares of all its pixels
+    confidence, dominant = map(torch.stack, zip(*peaks))                   # (B·t, H, W) each
+    return accept(confidence, dominant, prior.chi, hp.zeta, hp.beta, hp.floor), confidence
 
 # %% ../nbs/08_ema_training.ipynb #85832023
 def accumulate(model: nn.Module,
@@ -107,7 +114,7 @@ def accumulate(model: nn.Module,
         total = total + loss.detach()
     return total
 
-# %% ../nbs/08_ema_training.ipynb #8b70a9b5
+# %% ../nbs/08_ema_training.ipynb #0d393e86
 def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen here (`freeze_bn`)
              teacher: MomentumNetwork,
              prior: ClassPrior,
@@ -126,9 +133,9 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
     freeze_bn(model.train())
     optimizer.zero_grad()
     loss_source = accumulate(model, source_loss, (images, labels), micro_batch, backward, hold=no_sync)
-    pseudo, confidence, _ = pseudo_supervision(teacher, prior, views, hp, reduce, gather, micro_batch)
+    pseudo, confidence = pseudo_supervision(teacher, prior, views, hp, reduce, gather, micro_batch)
     if hp.average_confidence: confidence = batch_confidence(confidence, reduce)
-    target_loss = lambda logits, *target: hp.target_weight * focal_loss(upsample(logits.float(), pseudo.shape[-2:]), *target, prior.chi, hp.lam)
+    target_loss = lambda logits, *target: hp.target_weight * focal_loss(logits, *target, prior.chi, hp.lam)
     loss_target = accumulate(model, target_loss, (views.noisy.flatten(0, 1), pseudo, confidence), micro_batch, backward, hold_but_last=no_sync) / hp.target_weight
     C = len(prior.chi)
     accepted = torch.histc(pseudo.float(), C, 0, C) / pseudo.numel()        # 255 lies outside

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['focal_loss', 'batch_confidence']
 
-# %% ../nbs/06_focal_loss.ipynb #b6321a05
+# %% ../nbs/06_focal_loss.ipynb #f9115674
 import torch
-import torch.nn.functional as F
 
+from .abn_pretraining import weighted_cross_entropy
 from .core import IGNORE_INDEX
 
-# %% ../nbs/06_focal_loss.ipynb #0a8b6a2e
-def focal_loss(logits: torch.Tensor,      # segmentation network, (B, C, H, W)
+# %% ../nbs/06_focal_loss.ipynb #3f5353e7
+def focal_loss(logits: torch.Tensor,      # segmentation network, (B, C, h, w), upsampled to the size of the labels
                labels: torch.Tensor,      # pseudo labels, integers (B, H, W); `IGNORE_INDEX` where there is none
                confidence: torch.Tensor,  # of the momentum network in the pseudo label, (B, H, W)
                chi: torch.Tensor,         # class prior, (C,)
@@ -23,9 +23,9 @@ def focal_loss(logits: torch.Tensor,      # segmentation network, (B, C, H, W)
         raise ValueError(f"chi has shape {tuple(chi.shape)}, expected ({logits.shape[1]},): one prior for each channel of the logits")
     if confidence.shape != labels.shape:
         raise ValueError(f"confidence {tuple(confidence.shape)} and labels {tuple(labels.shape)} differ in shape")
-    weight = (1 - chi.float()) ** lam                                                                     # (C,)
-    loss = F.cross_entropy(logits.float(), labels, weight, reduction="none", ignore_index=IGNORE_INDEX)   # (B, H, W)
-    return (confidence * loss).mean()
+    labels = labels.long()
+    weight = ((1 - chi.float()) ** lam)[labels.where(labels != IGNORE_INDEX, 0)] * confidence     # (B, H, W)
+    return weighted_cross_entropy(logits, labels, weight / labels.numel())
 
 # %% ../nbs/06_focal_loss.ipynb #834283ad
 def batch_confidence(confidence: torch.Tensor,  # (B, H, W)

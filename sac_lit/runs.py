@@ -41,7 +41,7 @@ from .core import UserError
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, StepSampler, epoch_index
 from .ema_training import SelfSupervision
 
-# %% ../nbs/08a_runs.ipynb #49b0ffe0
+# %% ../nbs/08a_runs.ipynb #3c76ea09
 @dataclass(frozen=True)
 class DataConfig:
     "Where the images are, and how they are read."
@@ -62,6 +62,7 @@ class DataConfig:
     classes: str | None = None  # layout folder: file with the class names, one a line
     ignore: tuple[int, ...] = (255,)  # layout folder: values of label maps that mean no class
     workers: int = 4  # processes that decode images, for each process that trains; results do not depend on it
+    cache: str | None = None  # folder in which decoded training images are kept, at their size in training; None: decode them each time
     timeout: int = 600  # seconds after which a worker that delivers nothing ends the run
     toy: bool = False  # write the toy city to both folders if it is not there
     toy_train: int = 400  # images of the toy city for training, in each domain
@@ -250,8 +251,8 @@ class Run:
         "Print on the main process."
         self.accelerator.print(text, flush=True)
 
-# %% ../nbs/08a_runs.ipynb #51e85a32
-FREE = {"runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full", "recompute", "tracker", "stages", "data.workers", "data.timeout"}
+# %% ../nbs/08a_runs.ipynb #86cbe4eb
+FREE = {"runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full", "recompute", "tracker", "stages", "data.workers", "data.timeout", "data.cache"}
 
 def settings(cfg: Config) -> dict:
     "The part of a configuration that decides the results, as plain JSON values by dotted name."

@@ -11,7 +11,7 @@ __all__ = ['TOY_DATA', 'TOY', 'TOY_LONG', 'FOLDER', 'FOLDER_CPU', 'PRESETS', 'SU
            'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
            'figure_of_views', 'html_table', 'html_figure', 'write_report', 'train', 'report', 'main']
 
-# %% ../nbs/09_train.ipynb #d08d3ac4
+# %% ../nbs/09_train.ipynb #bb152734
 import base64
 import copy
 import html
@@ -27,12 +27,12 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
 
-from .abn_pretraining import abn_step, freeze_bn, share_statistics
+from .abn_pretraining import abn_step, fold_bn, freeze_bn, share_statistics
 from .core import NAMES, ConfusionMatrix, UserError, class_bars, class_legend, generator, seed_of, show, subset, use_style
-from .crop_fusion import crop_theta
-from .datasets import (IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, cityscapes, folder, gta5, matching_statistics,
+from .crop_fusion import crop_theta, fuse
+from .datasets import (IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, cached, cityscapes, folder, gta5, matching_statistics,
                               normalize, photometric_noise, read_classes, released_gta5_frames, source_view, synthia, target_views)
-from .deeplabv2 import SegmentationModel, build_model, param_groups, upsample
+from .deeplabv2 import SegmentationModel, build_model, most_likely, param_groups, upsample
 from .ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision, sac_step
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
@@ -92,7 +92,7 @@ def absent_classes(source: str) -> tuple[int, ...]:
     "Train ids that a source does not have."
     return tuple(set(range(len(NAMES))) - set(subset(16))) if source == "synthia" else ()
 
-# %% ../nbs/09_train.ipynb #779d4b48
+# %% ../nbs/09_train.ipynb #02f7ea24
 def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     "The labelled source, the target's training images (without labels) and its validation images, None where there are none."
     d = run.cfg.data
@@ -100,7 +100,8 @@ def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
         write_dataset(d.source_root, d.source, "source", {"train": d.toy_train}, d.toy_size, d.toy_seed)
         write_dataset(d.target_root, "cityscapes", "target", {"train": d.toy_train, "val": d.toy_val}, d.toy_size, d.toy_seed)
     run.accelerator.wait_for_everyone()
-    return {"source": source_data(d), "target": target_data(d), "val": val_data(d)}
+    keep = lambda data: cached(data, d.cache, d.workers) if d.cache else data
+    return {"source": keep(source_data(d)), "target": keep(target_data(d)), "val": val_data(d)}
 
 def needed(value, option: str):
     "A setting that must be given. Raises `UserError` where it is not."
@@ -146,7 +147,7 @@ def target_batch(run: Run, batch: dict, step: int, share: Share) -> Views:
     theta = crop_theta(*boxes.unbind(-1), c.crop, flips).to(run.device)     # (B, T, 2, 3)
     return Views(normalize(torch.stack(views)[:, share.mine]), normalize(torch.stack(noisy)), theta, share.mine)
 
-# %% ../nbs/09_train.ipynb #360eb827
+# %% ../nbs/09_train.ipynb #e51076cb
 @torch.no_grad()
 def evaluate(run: Run, model: torch.nn.Module, dataset: SegmentationDataset) -> ConfusionMatrix:
     "Confusion matrix of a network on a labelled data set. Raises `Stopped` where the run was asked to stop."
@@ -159,7 +160,7 @@ def evaluate(run: Run, model: torch.nn.Module, dataset: SegmentationDataset) -> 
         if (sample := next(samples, None)) is None: continue                # the last round, where images do not suffice for all
         label = sample["label"].to(run.device)
         logits = model(normalize(sample["image"].to(run.device) / 255))
-        cm.update(upsample(logits.float(), label.shape[-2:]).argmax(1), label)
+        cm.update(most_likely(logits, label.shape[-2:]), label)
     cm.counts = run.reduce(cm.counts.to(run.device), "sum").cpu()
     return cm
 
@@ -176,11 +177,11 @@ def log_evaluations(run: Run, stage: str, step: int, networks: dict, dataset: Se
         with written_aside(run.folder / "best_by_target_labels") as tmp: networks["student"].save_pretrained(tmp)
     return " mIoU " + " ".join(f"{name} {value:.1f}" for name, value in miou.items())
 
-# %% ../nbs/09_train.ipynb #23f094e8
+# %% ../nbs/09_train.ipynb #68fdbaac
 def build_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
     "SGD with momentum or Adam over the network's parameter groups."
     groups = [{**g, "base_lr": g["lr"]} for g in param_groups(model, c.lr, c.weight_decay)]
-    return torch.optim.SGD(groups, momentum=.9) if c.optimizer == "sgd" else torch.optim.Adam(groups, betas=(.9, .999))
+    return torch.optim.SGD(groups, momentum=.9, fused=True) if c.optimizer == "sgd" else torch.optim.Adam(groups, betas=(.9, .999), fused=True)
 
 def set_lr(optimizer: torch.optim.Optimizer, c: OptimConfig, step: int, steps: int) -> None:
     "Set the learning rate of a step in every group."
@@ -284,7 +285,7 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
         run.log(event="warning", stage="sac", step=step, text=text)
         run.say(f"warning: sac, step {step}: {text}")
 
-# %% ../nbs/09_train.ipynb #e816ca9f
+# %% ../nbs/09_train.ipynb #a6ee83d0
 MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}
 
 def finish(run: Run, stage: str, model, seconds: float) -> None:
@@ -321,7 +322,7 @@ def train_supervised(run: Run, stage: str, data: dict):
 def train_sac(run: Run, data: dict):
     "The joint stage, from the network that ABN pretraining left; the network and the seconds that it took."
     c, acc = run.cfg.sac, run.accelerator
-    network = freeze_bn(load_stage(run, "abn"))
+    network = fold_bn(freeze_bn(load_stage(run, "abn")))
     weights = sampling_weights(target_frequencies(run, network, data["target"]), c.uniform, absent_classes(run.cfg.data.source))
     momentum = MomentumNetwork(network, c.gamma_psi).to(run.device)
     teacher = acc.prepare_model(momentum, evaluation_mode=True)
@@ -365,7 +366,7 @@ def result_table(run: Run) -> str:
     cell = lambda x: x if isinstance(x, str) else "-" if x is None else f"{x:.1f}"
     return "\n".join(f"{first:14}" + "".join(f"{cell(x):>12}" for x in rest) for first, *rest in result_rows(run))
 
-# %% ../nbs/09_train.ipynb #0bfe2f01
+# %% ../nbs/09_train.ipynb #eb5c4465
 def save_figure(run: Run, name: str) -> None:
     "Save the current figure to the run's folder."
     (run.folder / "figures").mkdir(exist_ok=True)
@@ -406,7 +407,7 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> None:
         sample = dataset[i]
         x = normalize(sample["image"][None].to(run.device) / 255)
         maps = [sample["label"]] if data["val"] else []
-        maps += [upsample(n(x).float(), x.shape[-2:]).argmax(1)[0].cpu() for n in networks]
+        maps += [most_likely(n(x), x.shape[-2:])[0].cpu() for n in networks]
         panels += [sample["image"], *maps]
     titles = ("target image", *["label"] * bool(data["val"]), *(TITLES[s] for s in stages))
     show(*panels, titles=titles, ncols=len(titles), width=11 / len(titles), names=names)
@@ -417,7 +418,8 @@ def figure_of_views(run: Run, teacher, prior: ClassPrior, target: SegmentationDa
     "A group of views as both networks see it, the fused prediction, its confidence and the pseudo labels."
     names, i = class_names(run.cfg), len(target) // 2
     views = target_batch(run, {"image": target[i]["image"][None]}, run.cfg.sac.steps, Share(range(i, i + 1)))
-    labels, confidence, fused = pseudo_supervision(teacher, copy.deepcopy(prior), views, run.cfg.sac.loss)
+    labels, confidence = pseudo_supervision(teacher, copy.deepcopy(prior), views, run.cfg.sac.loss)
+    fused, _ = fuse(upsample(teacher(views.clean[0]).float(), views.clean.shape[-2:]).softmax(1)[None], views.theta, pool=run.cfg.sac.loss.pool)
     plain = lambda x: (x.cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]).clamp(0, 1)
     panels = [p for t in range(len(labels)) for p in (plain(views.clean[0, t]), plain(views.noisy[0, t]), fused[0, t].argmax(0).cpu(),
                                                       confidence[t], labels[t].cpu())]
