@@ -30,7 +30,7 @@ TAGS = {"echo": ("false", "remove-input"), "code-fold": ("true", "hide-input")}
 def for_myst(text: str) -> str:
     "Links lead to pages; callouts become admonitions."
     callout = lambda m: f":::{{admonition}} {title_of(m[2]) or m[1].capitalize()}\n:class: {m[1]}\n{m[3]}\n:::"
-    text = LINK.sub(lambda m: f"]({page(Path(m[1]))}{Path(m[1]).suffix}{m[2] or ''})", text)
+    text = LINK.sub(lambda m: f"]({page(Path(m[1]))}.ipynb{m[2] or ''})" if m[1].endswith(".ipynb") else m[0], text)
     return CALLOUT.sub(callout, re.sub(r"\]\(([\w.]*#[^)\s]*)\)", lambda m: f"]({m[1].lower()})", text))   # Jupyter's anchors have capitals
 
 

@@ -3,6 +3,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+from docutils import nodes
+
 sys.path.insert(0, str(Path(__file__).parent))   # for excerpts and links
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parents[2] / "settings.ini")
@@ -41,3 +43,12 @@ html_theme_options = {
 mathjax_path = "tex-svg.js"   # copied into _static: equations need no network
 mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "global"}}
 copybutton_selector = "div.cell_input pre, div.highlight-sh pre, div.highlight-bibtex pre"
+
+
+def as_written(app, doctree) -> None:
+    "Equations reach MathJax as they are: Sphinx would put one with several lines into an environment that allows no tag."
+    for node in doctree.findall(nodes.math_block):
+        if not node.get("nowrap"): node.children, node["no-wrap"] = [nodes.Text(rf"\[{node.astext()}\]")], True
+
+
+def setup(app) -> None: app.connect("doctree-read", as_written)

@@ -19,7 +19,7 @@ def collect(app, pagename: str, templatename, context, doctree) -> None:
     "The prose of a page; the search page gets the script."
     if pagename == "search": app.add_js_file("excerpts.js", loading_method="defer")
     if not doctree: return
-    found = (text.astext() for text in doctree.findall(nodes.Text) if not isinstance(text.parent, (nodes.raw, nodes.literal_block)))
+    found = (text.astext() for text in doctree.findall(nodes.Text) if not isinstance(text.parent, (nodes.raw, nodes.literal_block, nodes.math, nodes.math_block)))
     TEXTS[f"{pagename}{app.builder.out_suffix}"] = " ".join(" ".join(found).split())
 
 
