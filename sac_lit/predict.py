@@ -37,7 +37,7 @@ from .datasets import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, FileError, Segmenta
 from .deeplabv2 import SegmentationModel, load_snapshot, row_strips
 from .runs import differences, written_aside
 
-# %% ../nbs/10_predict.ipynb #f17e5bd8
+# %% ../nbs/10_predict.ipynb #766f57d8
 def load_network(path: str | Path,  # folder of a saved network, a released .pth, or a name on the Hub
                  which: str = "student",  # or "momentum": which network of a .pth
                 ) -> SegmentationModel:
@@ -45,7 +45,7 @@ def load_network(path: str | Path,  # folder of a saved network, a released .pth
     if Path(path).suffix == ".pth": model = load_snapshot(path, which)
     elif which == "student": model = SegmentationModel.from_pretrained(path)
     else: raise UserError(f"--which {which}: is for a .pth file with two networks; {path} is a folder with one, give that of the momentum network, such as runs/toy/momentum")
-    return fold_bn(model.eval()).to("cuda" if torch.cuda.is_available() else "cpu")
+    return fold_bn(model.eval()).to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)   # twice as fast as the other order
 
 # %% ../nbs/10_predict.ipynb #09cd72de
 def views(model: SegmentationModel,
@@ -294,7 +294,7 @@ def submission(model: SegmentationModel,
         for path, _ in jobs.values(): packed.write(path, path.name)
     return archive
 
-# %% ../nbs/10_predict.ipynb #6d7e63a9
+# %% ../nbs/10_predict.ipynb #2f5aecd0
 def facts(model: SegmentationModel) -> str:
     "What a user of an exported network must know, as JSON."
     return json.dumps({"names": model.names, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "arch": model.arch, "stride": model.stride})
@@ -325,7 +325,7 @@ def export(model: SegmentationModel,
     "Export a network and check it. Raises `UserError` where the suffix is unknown or the exported network differs."
     forms = {".onnx": export_onnx, ".pt2": export_torch}
     if path.suffix not in forms: raise UserError(f"{path}: give a name that ends in .onnx or .pt2")
-    model = model.cpu().eval()
+    model = model.cpu().eval().to(memory_format=torch.contiguous_format)
     noise = lambda *size: torch.randn(*size, generator=generator(0, "export"))
     with written_aside(path) as tmp:
         run = forms[path.suffix](model, noise(2, 3, 96, 128), tmp)

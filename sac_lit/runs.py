@@ -459,15 +459,13 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
         for k, v in state.items(): v.load_state_dict(saved["state"][k])
         return
 
-# %% ../nbs/08a_runs.ipynb #a8188b1b
+# %% ../nbs/08a_runs.ipynb #81750639
 def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evaluate, eval_every: int = 0, watch=lambda: None) -> float:
     "Run `step_losses(start)` with a log, evaluations (`evaluate(step) -> text`) and checkpoints of `state`; seconds that it took."
     progress = Progress()
     state = {**state, "progress": progress}
     load_checkpoint(run, stage, state)
     start = progress.step
-    if len(set(starts := gather_object([start]))) > 1:
-        raise UserError(f"{run.folder}: the processes found checkpoints of the steps {starts}; wait until all machines see the same files, and give the same command again")
     forget_after(run, stage, start)
     if start: run.say(f"{stage}: continued from step {start}")
     interactive = run.accelerator.is_main_process and sys.stdout.isatty()
@@ -509,7 +507,9 @@ def log_losses(run: Run, stage: str, progress: Progress) -> str:
     return " ".join(f"{k.removeprefix('loss_')} {sum(v) if isinstance(v, list) else v:.3f}" for k, v in means.items())
 
 def forget_after(run: Run, stage: str, step: int) -> None:
-    "Drop the log's lines of steps that will be done again."
+    "Drop the log's lines of steps that will be done again. Raises `UserError` where the processes have found different checkpoints."
+    if len(set(found := gather_object([step]))) > 1:
+        raise UserError(f"{run.folder}: the processes found checkpoints of the steps {found}; wait until all machines see the same files, and give the same command again")
     if run.accelerator.is_main_process:
         rows = [r for r in run.rows() if r["stage"] != stage or r["step"] <= step]
         with written_aside(run.folder / "log.jsonl") as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
