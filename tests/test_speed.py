@@ -99,7 +99,7 @@ def test_bench_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert [s["settings"]["precision"] for s in found["sides"]] == ["float32", "bf16"]
-    for side in found["sides"]: assert sum(side["phases"].values()) == pytest.approx(side["step"], rel=.2) and side["peak"] > 0 and side["operations"] > 1e6
+    for side in found["sides"]: assert sum(side["phases"].values()) == pytest.approx(side["step"], rel=.5) and side["peak"] > 0 and side["operations"] > 1e6
     assert "B / A" in done.stdout and "softmax and fusion" in done.stdout
     done = subprocess.run([sys.executable, "-m", "sac_lit.bench", "--arch", "alexnet"], capture_output=True, text=True)
     assert done.returncode == 2
