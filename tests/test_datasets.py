@@ -1,5 +1,7 @@
 """Reading GTA5, SYNTHIA and Cityscapes, with files that are not in order; the geometry of views; the order of images."""
+import errno
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, UserError, generator
-from sac_lit.datasets import (COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, LAYOUTS, FileError, SegmentationDataset, StepSampler, cityscapes, cut,
+from sac_lit.datasets import (COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, LAYOUTS, FileError, SegmentationDataset, StepSampler, cached, cityscapes, cut,
                               epoch_index, find_images, folder, gta5, in_parallel, label_paths, main, matching_statistics, normalize, open_rgb, photometric_noise, random_box,
                               read_classes, released_gta5_frames, source_view, synthia, target_views)
 from sac_lit.toy_city import render, write_dataset, write_png16
@@ -637,3 +639,52 @@ def test_threads_stay_near_and_in_order(n, workers):
 
 def test_threads_pass_errors_on():
     with pytest.raises(ZeroDivisionError): list(in_parallel(lambda k: 1 // k, [1, 1, 0, 1], 2))
+
+
+@pytest.fixture
+def many(tmp_path):
+    "100 tiny images in a folder, as a data set of 4 x 6 pixels."
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(100): Image.fromarray(rng.integers(0, 255, (8, 12, 3), np.uint8)).save(tmp_path / "images" / f"{i:03}.png")
+    return folder(tmp_path / "images", size=(4, 6)), tmp_path / "cache"
+
+
+class Interrupted(SegmentationDataset):
+    "A data set whose images count how often they are read, and whose 80th interrupts the first time."
+    reads, armed = 0, True
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if i == 80 and self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+        return super().__getitem__(i)
+
+
+def test_cache_goes_on_after_an_interruption(many):
+    dataset, place = many
+    dataset.__class__ = Interrupted
+    with pytest.raises(KeyboardInterrupt): cached(dataset, place)
+    assert not [p for p in place.iterdir() if p.is_dir() and p.suffix != ".partial"]       # nothing that could be taken for whole
+    fast = cached(dataset, place)
+    assert dataset.reads == 81 + 100 - 64                                                   # noted after every 64 images
+    for i in range(100): assert torch.equal(fast[i]["image"], dataset[i]["image"])
+
+
+def test_cache_of_changed_files_is_another_one(many):
+    dataset, place = many
+    first = cached(dataset, place)
+    Image.new("RGB", (12, 8)).save(dataset.images[3])
+    second = cached(dataset, place)
+    assert first.place != second.place and second[3]["image"].sum() == 0 and first[3]["image"].sum() > 0
+
+
+def test_cache_on_a_full_disk(many, monkeypatch):
+    dataset, place = many
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match="no room for 0.0 GB .No space left on device.; free the disk"): cached(dataset, place)
+    assert not list(place.rglob("*.npy"))
+    assert torch.equal(cached(dataset, place, workers=2)[7]["image"], dataset[7]["image"])

@@ -59,6 +59,18 @@ def test_accelerate_launch_and_workers_give_the_same_network(finished):
     assert same(weights(cwd), weights(cwd, "launched"))
 
 
+def test_a_cache_gives_the_same_network(finished):
+    cwd, _ = finished
+    for name in ("cached", "from_cache"):
+        done = train(cwd, "--name", name, "--data.cache", "cache", "--data.workers", "1")
+        assert done.returncode == 0, done.stderr
+        a, b = (weights(cwd, n) for n in ("toy", name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len([p for p in (cwd / "cache").iterdir() if p.is_dir()]) == 2                   # source and target
+    refused = train(cwd, "--name", "sizeless", "--data.cache", "cache", "--data.source-size", "None")
+    assert refused.returncode == 2 and "--data.cache: images of any size cannot share a file" in refused.stderr
+
+
 def test_fresh_starts_over(finished):
     cwd, _ = finished
     for args in (("--name", "again"), ("--name", "again", "--seed", "1", "--fresh")):
