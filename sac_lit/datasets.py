@@ -597,7 +597,7 @@ class StepSampler(torch.utils.data.Sampler):
     def __iter__(self):
         for step in range(self.start, self.stop): yield [self.pick(step, slot) for slot in self.slots]
 
-# %% ../nbs/01_datasets.ipynb #cc987c13
+# %% ../nbs/01_datasets.ipynb #1074a18a
 class CachedDataset(SegmentationDataset):
     "A data set whose decoded images and label maps are read from two files in a folder."
     def __init__(self, dataset: SegmentationDataset, place: Path):
@@ -624,10 +624,11 @@ def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.load(path, mmap_mode="r+")
 
 def fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
-    "Decode the images of a data set into a folder, from where an earlier attempt has stopped."
+    "Decode the images of a data set into a folder, from where an earlier attempt has stopped. Raises `UserError` where one is of another size than the first."
     place.mkdir(parents=True, exist_ok=True)
-    arrays = {"image": mapped(place/"image.npy", (len(dataset), 3, *dataset.size))}
-    if dataset.labels: arrays["label"] = mapped(place/"label.npy", (len(dataset), *dataset.size))
+    size = dataset.size or open_rgb(dataset.images[0]).size[::-1]
+    arrays = {"image": mapped(place/"image.npy", (len(dataset), 3, *size))}
+    if dataset.labels: arrays["label"] = mapped(place/"label.npy", (len(dataset), *size))
     start = int((place/"done").read_text()) if (place/"done").exists() else 0
     def note(count):
         for a in arrays.values(): a.flush()
@@ -635,6 +636,8 @@ def fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
         os.replace(place/"done.tmp", place/"done")
     samples = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers)
     for i, sample in enumerate(progress_bar(samples, leave=False) if sys.stdout.isatty() else samples, start):
+        if sample["image"].shape[1:] != size:
+            raise UserError(f"{dataset.images[i]}: not of the size of {dataset.images[0]}, and images of any size cannot share a cache; give --data.source-size and --data.target-size")
         for name, a in arrays.items(): a[i] = sample[name].numpy()
         if i % 64 == 63: note(i + 1)
     note(len(dataset))
@@ -644,7 +647,6 @@ def cached(dataset: SegmentationDataset,
            workers: int = 0,  # processes that decode
           ) -> CachedDataset:
     "The data set with its decoded images in a file, which is made where it is not there. Raises `UserError` where images have no common size."
-    if dataset.size is None: raise UserError("--data.cache: images of any size cannot share a file; give --data.source-size and --data.target-size")
     place = Path(folder)/fingerprint(dataset)
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_suffix(".lock"), "w") as lock:
