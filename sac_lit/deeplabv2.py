@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'CARD', 'FORGOTTEN', 'BUFFERS', 'ASPP', 'dilate', 'kaiming', 'DeepLabResNet101', 'vgg_trunk', 'DeepLabVGG16',
-           'upsample', 'FCN8sVGG16', 'tiny_block', 'DeepLabTiny', 'SegmentationModel', 'row_strips', 'most_likely',
-           'read_weights', 'mismatch', 'load_imagenet', 'build_model', 'Forgotten', 'read_snapshot', 'recognise',
-           'load_snapshot', 'save_snapshot', 'param_groups']
+           'upsample', 'FCN8sVGG16', 'tiny_block', 'DeepLabTiny', 'SegmentationModel', 'row_strips', 'largest',
+           'most_likely', 'read_weights', 'mismatch', 'load_imagenet', 'build_model', 'Forgotten', 'read_snapshot',
+           'recognise', 'load_snapshot', 'save_snapshot', 'param_groups']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
 import io
@@ -211,7 +211,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
             what = "holds no model, config.json and model.safetensors" if place.is_dir() else "no such folder, and no such model on the Hub"
             raise UserError(f"{folder}: {what} ({' '.join(str(e).split())[:200]}); {advice}") from e
 
-# %% ../nbs/02_deeplabv2.ipynb #6ce53025
+# %% ../nbs/02_deeplabv2.ipynb #50b8ecf0
 def row_strips(h: int,  # rows of the logits
                H: int,  # rows after `upsample`
                like: torch.Tensor,  # whose device and precision to take
@@ -224,6 +224,13 @@ def row_strips(h: int,  # rows of the logits
     strips = [(slice(y, min(y + rows, H)), slice(max(lies(y) - 1, 0), lies(min(y + rows, H) - 1) + 2)) for y in range(0, H, rows)]
     return [(there, here, matrix[there, here].contiguous()) for there, here in strips]
 
+def largest(scores: torch.Tensor,  # (C, H, W), finite
+           ) -> torch.Tensor:      # uint8 (H, W)
+    "`argmax` over the classes, the first of equal ones, by subtractions and maxima, which a processor does many at a time."
+    order = torch.arange(len(scores) - 1., -1., -1., device=scores.device)[:, None, None]             # C - 1, ..., 0
+    gap = scores - scores.amax(0)                                                                     # 0 where a class is the largest, else negative
+    return (len(scores) - 1 - torch.add(order, gap, alpha=1e30).amax(0)).to(torch.uint8)
+
 def most_likely(logits: torch.Tensor,  # (B, C, h, w)
                 size,                  # (H, W)
                ) -> torch.Tensor:      # uint8 (B, H, W)
@@ -231,8 +238,7 @@ def most_likely(logits: torch.Tensor,  # (B, C, h, w)
     wide = upsample(logits.float(), (logits.shape[-2], size[1]))                                       # (B, C, h, W)
     strips = row_strips(wide.shape[-2], size[0], wide)
     with torch.autocast(wide.device.type, enabled=False):                                             # all of it in float32
-        best = lambda z: z.max(0).indices.to(torch.uint8)                                             # on a CPU, max is faster than argmax
-        return torch.stack([torch.cat([best(a @ y[:, here]) for _, here, a in strips]) for y in wide])
+        return torch.stack([torch.cat([largest(a @ y[:, here]) for _, here, a in strips]) for y in wide])
 
 # %% ../nbs/02_deeplabv2.ipynb #bb019b78
 def read_weights(imagenet, weights: str | Path) -> dict[str, torch.Tensor]:

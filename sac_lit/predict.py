@@ -8,7 +8,7 @@ __all__ = ['VIDEOS', 'load_network', 'views', 'strips', 'predict', 'probabilitie
            'open_video', 'frames', 'video_writer', 'label_video', 'find_inputs', 'remember', 'submission', 'facts',
            'export_onnx', 'export_torch', 'export', 'Network', 'Views', 'Evaluate', 'Label', 'Submit', 'Export', 'main']
 
-# %% ../nbs/10_predict.ipynb #5f9fcb7d
+# %% ../nbs/10_predict.ipynb #0b0529a0
 import importlib
 import json
 import os
@@ -34,7 +34,7 @@ from PIL import Image
 from .abn_pretraining import fold_bn
 from .core import CLASSES, LEFT_OUT, NAMES, ConfusionMatrix, UserError, colorize, colors_of, generator, subset, use_style
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, FileError, SegmentationDataset, cityscapes, folder, gta5, normalize, open_image, open_rgb, synthia
-from .deeplabv2 import SegmentationModel, load_snapshot, row_strips
+from .deeplabv2 import SegmentationModel, largest, load_snapshot, row_strips
 from .runs import differences, written_aside
 
 # %% ../nbs/10_predict.ipynb #766f57d8
@@ -61,7 +61,7 @@ def views(model: SegmentationModel,
         yield model(x)[0].float()
         if flip: yield model(x.flip(-1))[0].float().flip(-1)
 
-# %% ../nbs/10_predict.ipynb #fae5e756
+# %% ../nbs/10_predict.ipynb #d1302f07
 @torch.no_grad()
 def strips(model: SegmentationModel,
            image: torch.Tensor,  # uint8 (3, H, W)
@@ -80,7 +80,7 @@ def predict(model: SegmentationModel,
             scales=(1.,), flip: bool = False,  # as in `views`
            ) -> torch.Tensor:     # uint8 (H, W): train ids
     "The label map of an image."
-    return torch.cat([s.max(0).indices.to(torch.uint8) for s in strips(model, image, scales, flip)]).cpu()    # on a CPU, max is faster than argmax
+    return torch.cat([largest(s) for s in strips(model, image, scales, flip)]).cpu()
 
 def probabilities(model: SegmentationModel,
                   image: torch.Tensor,  # uint8 (3, H, W)
