@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from .core import IGNORE_INDEX
 from .deeplabv2 import row_strips, upsample
 
-# %% ../nbs/03_abn_pretraining.ipynb #56d1dcf7
+# %% ../nbs/03_abn_pretraining.ipynb #84931e7b
 class WeightedCrossEntropy(torch.autograd.Function):
-    "The sum of weight times cross-entropy over pixels, from logits whose columns are upsampled and whose rows are not; the gradient is taken on the way."
+    "The sum of weight times cross-entropy over pixels, from logits upsampled in their columns but not their rows; the gradient is taken on the way."
     @staticmethod
     def forward(ctx, wide, labels, weight):  # float (B, C, h, W), int64 (B, H, W), float (B, H, W)
         weight = weight * (labels != IGNORE_INDEX)

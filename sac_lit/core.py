@@ -18,8 +18,8 @@ import seaborn as sns
 import torch
 from matplotlib.patches import Patch
 
-# %% ../nbs/00_core.ipynb #604d9d33
-IGNORE_INDEX = 255
+# %% ../nbs/00_core.ipynb #0d03daba
+IGNORE_INDEX = 255  # label of a pixel that has no class
 
 class SemanticClass(NamedTuple):
     "One of the 19 classes: its name, its colour in figures, and its number in the label files of two data sets."
@@ -28,7 +28,7 @@ class SemanticClass(NamedTuple):
     cityscapes_id: int           # also the id that GTA5 uses
     synthia_id: int              # first channel of SYNTHIA's 16-bit PNG
 
-CLASSES = tuple(SemanticClass(*row) for row in (
+CLASSES = tuple(SemanticClass(*row) for row in (  # the 19 classes; the position in the table is the train id
     ("road",          (128,  64, 128),  7,  3),
     ("sidewalk",      (244,  35, 232),  8,  4),
     ("building",      ( 70,  70,  70), 11,  2),
@@ -48,10 +48,11 @@ CLASSES = tuple(SemanticClass(*row) for row in (
     ("train",         (  0,  80, 100), 31, 20),
     ("motorcycle",    (  0,   0, 230), 32, 12),
     ("bicycle",       (119,  11,  32), 33, 11)))
-NAMES = tuple(c.name for c in CLASSES)
+NAMES = tuple(c.name for c in CLASSES)  # names of the classes, by train id
 
-# %% ../nbs/00_core.ipynb #778cba0b
-LEFT_OUT = {19: (), 16: ("terrain", "truck", "train"), 13: ("terrain", "truck", "train", "wall", "fence", "pole")}
+# %% ../nbs/00_core.ipynb #63610336
+LEFT_OUT = {  # classes that the mean over 19, 16 or 13 leaves out
+    19: (), 16: ("terrain", "truck", "train"), 13: ("terrain", "truck", "train", "wall", "fence", "pole")}
 
 def subset(n: int,  # 19, 16 or 13
           ) -> list[int]:

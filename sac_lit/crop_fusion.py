@@ -69,8 +69,8 @@ def min_entropy_pool(views,  # iterable of (C + 1, H, W) on the canvas
         least, seen = entropy.clamp(max=least), there | seen
     return canvas, seen
 
-# %% ../nbs/04_crop_fusion.ipynb #c4115478
-POOLS = {"mean": mean_pool, "min_entropy": min_entropy_pool}
+# %% ../nbs/04_crop_fusion.ipynb #6993366d
+POOLS = {"mean": mean_pool, "min_entropy": min_entropy_pool}  # the ways of pooling, by name
 
 def pool_views(probs,                # softmax of the momentum network, T times (C, H, W); may be made one at a time
                theta: torch.Tensor,  # of `crop_theta`, (T, 2, 3)
@@ -98,7 +98,7 @@ def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, 
          valid: torch.Tensor | None = None,  # bool (B, T, H, W), false where a view is padding
          pool: str = "mean",   # or "min_entropy"
         ) -> tuple[torch.Tensor, torch.Tensor]:  # fused (B, T, C, H, W), seen (B, T, H, W)
-    "Multi-scale fusion (section 3.3): bring all views to the canvas, pool them, bring the result into the frame of every view. Raises `ValueError` where shapes disagree."
+    "Multi-scale fusion (section 3.3): pool all views on the canvas, bring the result into the frame of each. Raises `ValueError` where shapes disagree."
     (B, T, _, H, W) = probs.shape
     if theta.shape != (B, T, 2, 3): raise ValueError(f"theta has shape {tuple(theta.shape)}, expected {(B, T, 2, 3)}: one map for each view in probs")
     if valid is not None and valid.shape != (B, T, H, W): raise ValueError(f"valid has shape {tuple(valid.shape)}, expected {(B, T, H, W)}")

@@ -37,7 +37,7 @@ from torchvision.transforms import InterpolationMode
 
 from .core import CLASSES, IGNORE_INDEX, NAMES, UserError, generator
 
-# %% ../nbs/01_datasets.ipynb #9f1a5435
+# %% ../nbs/01_datasets.ipynb #44a0d1d0
 class Layout(NamedTuple):
     "Where a data set keeps its files, as distributed, and what the numbers in its label files mean."
     images: str          # pattern of the images below the root
@@ -51,7 +51,7 @@ def id_table(column: str,  # of the class table: "cityscapes_id" or "synthia_id"
     "Number in a label file -> train id; what is known but none of the classes is ignored."
     return dict.fromkeys(known, IGNORE_INDEX) | {getattr(c, column): i for i, c in enumerate(CLASSES)}
 
-LAYOUTS = {
+LAYOUTS = {  # where images and labels lie and how classes are numbered, by data set
     "gta5": Layout("images/*.png", "labels/*.png", id_table("cityscapes_id", [*range(35), 255])),
     "synthia": Layout("RGB/*.png", "GT/LABELS/*.png", id_table("synthia_id", range(23)), bits=16),
     "cityscapes": Layout("leftImg8bit/*/*/*_leftImg8bit.png", "gtFine/*/*/*_gtFine_labelIds.png", id_table("cityscapes_id", [*range(34), 255]))}
@@ -68,14 +68,15 @@ class FileError(UserError):
         super().__init__(text)
         self.kind = kind
 
-# %% ../nbs/01_datasets.ipynb #1c86ef39
+# %% ../nbs/01_datasets.ipynb #feb894e8
 def open_image(path: Path,
                low_byte=False,  # of 16-bit colour channels, keep the low byte instead of the high one
               ) -> Image.Image:
     "A decoded image file. Raises `FileError` where it is missing, out of reach, truncated or no image."
     try:
         with Image.open(path) as picture:
-            if low_byte: picture.tile = [t._replace(args=t.args.replace("16B", "16L")) if t.args in ("RGB;16B", "RGBA;16B") else t for t in picture.tile]
+            if low_byte:
+                picture.tile = [t._replace(args=t.args.replace("16B", "16L")) if t.args in ("RGB;16B", "RGBA;16B") else t for t in picture.tile]
             picture.load()
             return picture
     except FileNotFoundError: raise FileError(f"{path}: no such file any more; restore it and start again") from None
@@ -90,8 +91,9 @@ def png_bits(path: Path) -> int:
     with open(path, "rb") as f: head = f.read(25)
     return head[24] if head.startswith(b"\x89PNG") else 8
 
-# %% ../nbs/01_datasets.ipynb #07e9a9e0
-TURNS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2))  # EXIF's orientation -> Pillow's word
+# %% ../nbs/01_datasets.ipynb #a71a27bb
+TURNS = dict(enumerate((  # EXIF's orientation -> Pillow's word
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), 2))
 
 def orientation(picture: Image.Image) -> int | None:
     "How the camera was held, as its file says; None where it does not, or where the note is damaged."
@@ -101,11 +103,13 @@ def orientation(picture: Image.Image) -> int | None:
 def open_rgb(path: Path) -> Image.Image:
     "An image in 8-bit colours, upright as its camera has noted. Raises `FileError` where it cannot be had."
     picture = open_image(path)
-    if picture.mode[0] in "IF": raise FileError(f"{path}: grey values of more than 8 bits, whose range the file does not tell; convert it to 8 bits a channel", "images of more than 8 bits")
+    if picture.mode[0] in "IF":
+        raise FileError(f"{path}: grey values of more than 8 bits, whose range the file does not tell; convert it to 8 bits a channel",
+                        "images of more than 8 bits")
     if turn := TURNS.get(orientation(picture)): picture = picture.transpose(Image.Transpose[turn])
     return picture.convert("RGB")
 
-# %% ../nbs/01_datasets.ipynb #3ca06981
+# %% ../nbs/01_datasets.ipynb #7c6a55bc
 class SegmentationDataset(torch.utils.data.Dataset):
     "Images and, where there are any, label maps of train ids. A file that is not in order raises `FileError`."
     def __init__(self,
@@ -137,14 +141,19 @@ class SegmentationDataset(torch.utils.data.Dataset):
         "The label file of image `i`, whose width and height are `size`: one channel of numbers."
         path, picture, bits = self.labels[i], open_image(self.labels[i], low_byte=True), png_bits(self.labels[i])
         if picture.size != size:
-            raise FileError("{}: {} x {} pixels, but its image {} has {} x {}; replace or remove both".format(path, *picture.size, self.images[i], *size), "label maps of another size")
+            sizes = "{} x {} pixels, but its image {} has {} x {}".format(*picture.size, self.images[i], *size)
+            raise FileError(f"{path}: {sizes}; replace or remove both", "label maps of another size")
         if bits < self.bits == 16:
-            done = "converted it, and its numbers may be scaled or clipped" if np.asarray(picture).any() else "kept the high byte of each number, which is 0, and lost the classes"
-            raise FileError(f"{path}: {bits} bits a channel instead of 16: an image tool has {done}; unpack it from its archive again", "converted label maps")
-        if bits < 8 and picture.mode in ("1", "L"): picture = picture.convert("L").point(lambda x: x * (2 ** bits - 1) // 255)  # Pillow has spread them over 0 to 255
+            done = ("converted it, and its numbers may be scaled or clipped" if np.asarray(picture).any() else
+                    "kept the high byte of each number, which is 0, and lost the classes")
+            raise FileError(f"{path}: {bits} bits a channel instead of 16: an image tool has {done}; unpack it from its archive again",
+                            "converted label maps")
+        if bits < 8 and picture.mode in ("1", "L"):  # Pillow has spread them over 0 to 255
+            picture = picture.convert("L").point(lambda x: x * (2 ** bits - 1) // 255)
         first, *others = picture.split()
         if bits <= 8 and any(first.tobytes() != c.tobytes() for c in others[:2]):
-            raise FileError(f"{path}: a picture in colours, where numbers of classes are expected, in grey or with a palette; convert it, or give the folder of the files with numbers", "label maps in colours")
+            raise FileError(f"{path}: a picture in colours, where numbers of classes are expected, in grey or with a palette; "
+                            "convert it, or give the folder of the files with numbers", "label maps in colours")
         return first
 
     def label(self, i: int, size: tuple[int, int]) -> torch.Tensor:  # uint8 (H, W)
@@ -167,7 +176,7 @@ def spans(mask: np.ndarray) -> str:
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))  # where runs begin and end
     return ", ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in zip(edges[::2], edges[1::2]))
 
-# %% ../nbs/01_datasets.ipynb #1e5a4137
+# %% ../nbs/01_datasets.ipynb #dd0a5762
 def nothing_found(root: Path, pattern: str) -> str:
     "One sentence on why there are no images at `pattern` below `root`."
     advice = f"give the folder that holds {pattern}"
@@ -202,7 +211,9 @@ def listed(root: Path, images: list[Path], frames) -> list[Path]:
 def read_text(path) -> str:
     "The content of a text file. Raises `UserError` where it cannot be read."
     try: return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or 'not UTF-8'}); give a text file with one entry a line") from None
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or "not UTF-8"
+        raise UserError(f"{path}: cannot be read as text ({why}); give a text file with one entry a line") from None
 
 def label_paths(root: Path, images: list[Path], pattern: str, label_pattern: str) -> list[Path]:
     "Where the label file of each image should be."
@@ -216,15 +227,17 @@ def complete(dataset: SegmentationDataset) -> SegmentationDataset:
     there = {p for folder in {p.parent for p in dataset.labels or []} for p in folder.glob("*")}
     missing = [(image, label) for image, label in zip(dataset.images, dataset.labels or []) if label not in there]
     if missing:
-        raise UserError(f"{missing[0][0]}: its label {missing[0][1]} is missing ({len(missing)} of {len(dataset)} images have none); add the labels or remove the images")
+        raise UserError(f"{missing[0][0]}: its label {missing[0][1]} is missing ({len(missing)} of {len(dataset)} images have none); "
+                        "add the labels or remove the images")
     return dataset
 
-# %% ../nbs/01_datasets.ipynb #e937f0ce
+# %% ../nbs/01_datasets.ipynb #36d3982d
 def read_layout(layout: Layout, root, size=None, split="*", labels=True, frames=None) -> SegmentationDataset:
     "A data set in one of the layouts, whose label files may not be complete; `split` takes the place of the first star in its patterns."
     root, images = Path(root), layout.images.replace("*", split, 1)
     found = listed(root, find_images(root, images), frames)
-    return SegmentationDataset(found, label_paths(root, found, images, layout.labels.replace("*", split, 1)) if labels else None, layout.ids, size, bits=layout.bits)
+    label_files = label_paths(root, found, images, layout.labels.replace("*", split, 1)) if labels else None
+    return SegmentationDataset(found, label_files, layout.ids, size, bits=layout.bits)
 
 def gta5(root,                                 # folder that holds `images` and `labels`
          size: tuple[int, int] | None = None,  # height and width to which everything is resized
@@ -259,30 +272,34 @@ def released_gta5_frames() -> list[str]:
     "The GTA5 images from which the released models' training and validation frames were drawn: the first 10 000 by number."
     return [f"images/{i:05}.png" for i in range(1, 10001)]
 
-# %% ../nbs/01_datasets.ipynb #20a16e7e
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# %% ../nbs/01_datasets.ipynb #c39a3303
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}  # of the files that `folder` takes for images
 
 def read_classes(path) -> tuple[str, ...]:
     "Class names from a text file, one a line. Raises `UserError` where there are none, or one twice."
     names = tuple(line.strip() for line in read_text(path).rstrip().splitlines())
     twice = sorted(n for n, k in Counter(names).items() if k > 1)
-    wrong = "an empty line among the names" if "" in names else f"{twice[0]} occurs twice" if twice else f"{len(names)} class names" if not 0 < len(names) <= IGNORE_INDEX else ""
+    wrong = ("an empty line among the names" if "" in names else f"{twice[0]} occurs twice" if twice else
+             f"{len(names)} class names" if not 0 < len(names) <= IGNORE_INDEX else "")
     if wrong: raise UserError(f"{path}: {wrong}; give 1 to {IGNORE_INDEX} different names, one a line")
     return names
 
 def folder_files(root: Path) -> list[Path]:
     "All images below a folder, in the order of their paths. Raises `UserError` where there are none."
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not found: raise UserError(f"{root}: {'no images in it' if root.is_dir() else 'no such folder'}; give a folder with images ({', '.join(sorted(SUFFIXES))})")
+    what = "no images in it" if root.is_dir() else "no such folder"
+    if not found: raise UserError(f"{root}: {what}; give a folder with images ({', '.join(sorted(SUFFIXES))})")
     return found
 
 def read_folder(images, labels=None, classes=None, ignore=(255,), size=None, frames=None) -> SegmentationDataset:
     "Images in a folder, whose label files may not be complete."
     root, names = Path(images), read_classes(classes) if classes else NAMES
-    if wrong := [v for v in ignore if not 0 <= v <= 65535]: raise UserError(f"ignore: {wrong[0]} cannot occur in a label map; give numbers from 0 to 65535")
+    if wrong := [v for v in ignore if not 0 <= v <= 65535]:
+        raise UserError(f"ignore: {wrong[0]} cannot occur in a label map; give numbers from 0 to 65535")
     found = listed(root, folder_files(root), frames)
     label_files = [Path(labels)/p.relative_to(root).with_suffix(".png") for p in found] if labels else None
-    if both := set(found) & set(label_files or []): raise UserError(f"{min(both)}: would be an image and its own label map; put images and label maps into two folders")
+    if both := set(found) & set(label_files or []):
+        raise UserError(f"{min(both)}: would be an image and its own label map; put images and label maps into two folders")
     return SegmentationDataset(found, label_files, {i: i for i in range(len(names))} | dict.fromkeys(ignore, IGNORE_INDEX), size, names)
 
 def folder(images,                               # folder with images, in sub-folders or not
@@ -341,12 +358,13 @@ def class_table(dataset: SegmentationDataset, counts: np.ndarray, images: np.nda
     lines = [line(i, name, dataset.table == i) for i, name in rows]
     return [f"{'class':<{width}}{'pixels':>11}{'images':>9}  values", *lines]
 
-# %% ../nbs/01_datasets.ipynb #ca00b827
+# %% ../nbs/01_datasets.ipynb #be27ca40
 def audit(dataset: SegmentationDataset,
           workers: int = 4,  # files read at a time
          ) -> tuple[list[str], list[str], list[Path]]:  # report, defects (a line each), images in order
     "Read every file of a data set."
-    sizes, kinds, counts, images = Counter(), Counter(), np.zeros(1 << 16, np.int64), np.zeros(257, np.int64)  # images: of each train id, unknown ones last
+    sizes, kinds, counts = Counter(), Counter(), np.zeros(1 << 16, np.int64)
+    images = np.zeros(257, np.int64)  # of each train id, unknown ones last
     defects, good, indices = [], [], range(len(dataset))
     findings = in_parallel(lambda i: look_at(dataset, i), indices, workers)
     for i, (size, n, defect) in zip(progress_bar(indices, leave=False) if sys.stdout.isatty() else indices, findings):
@@ -362,7 +380,7 @@ def audit(dataset: SegmentationDataset,
               "width x height: " + ", ".join(f"{w} x {h} ({n})" for (w, h), n in sizes.most_common(5)) + ", ..." * (len(sizes) > 5)]
     return report + (["", *class_table(dataset, counts, images)] if dataset.labels else []), defects, good
 
-# %% ../nbs/01_datasets.ipynb #715b3629
+# %% ../nbs/01_datasets.ipynb #449d89d0
 @dataclass(frozen=True, kw_only=True)
 class Audit:
     "What every audit takes, and what it does."
@@ -385,7 +403,7 @@ def write_list(path: Path, lines: list[str]) -> None:
     try: path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as e: raise UserError(f"{path}: cannot be written ({e.strerror}); give another file with --fix-list") from None
 
-Root = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]
+Root = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ROOT")]  # a folder that is given without the name of an option
 
 @dataclass(frozen=True, kw_only=True)
 class AuditGTA5(Audit):
@@ -427,19 +445,21 @@ class AuditFolder(Audit):
     def data(self) -> SegmentationDataset: return read_folder(self.root, self.labels, self.classes, self.ignore)
     def label_files(self) -> Iterable[Path]: return self.labels.rglob("*.png")
 
-# %% ../nbs/01_datasets.ipynb #e9f151f1
-LAYOUT_AUDITS = (Annotated[AuditGTA5, tyro.conf.subcommand("gta5")] | Annotated[AuditSynthia, tyro.conf.subcommand("synthia")]
-                 | Annotated[AuditCityscapes, tyro.conf.subcommand("cityscapes")] | Annotated[AuditFolder, tyro.conf.subcommand("folder")])
+# %% ../nbs/01_datasets.ipynb #296832c2
+LAYOUT_AUDITS = (  # the subcommands of `audit`, one for each layout
+    Annotated[AuditGTA5, tyro.conf.subcommand("gta5")] | Annotated[AuditSynthia, tyro.conf.subcommand("synthia")]
+    | Annotated[AuditCityscapes, tyro.conf.subcommand("cityscapes")] | Annotated[AuditFolder, tyro.conf.subcommand("folder")])
 
 def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.datasets audit gta5|synthia|cityscapes|folder ...`; exit status 2 for what is wrong with the command."
-    command = tyro.extras.subcommand_cli_from_dict({"audit": LAYOUT_AUDITS}, args=argv, prog="python -m sac_lit.datasets", description="Check a data set before training on it.")
+    command = tyro.extras.subcommand_cli_from_dict({"audit": LAYOUT_AUDITS}, args=argv, prog="python -m sac_lit.datasets",
+                                                   description="Check a data set before training on it.")
     try: sys.exit(command.run())
     except UserError as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except KeyboardInterrupt: sys.exit(print("\ninterrupted", file=sys.stderr) or 130)
 
-# %% ../nbs/01_datasets.ipynb #7a3563e2
-IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
+# %% ../nbs/01_datasets.ipynb #2a0c70db
+IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)  # of red, green and blue, on a scale from 0 to 1
 
 def normalize(images: torch.Tensor,  # (..., 3, H, W) in [0, 1]
               mean=None,  # of each channel; by default ImageNet's
@@ -597,7 +617,7 @@ class StepSampler(torch.utils.data.Sampler):
     def __iter__(self):
         for step in range(self.start, self.stop): yield [self.pick(step, slot) for slot in self.slots]
 
-# %% ../nbs/01_datasets.ipynb #1074a18a
+# %% ../nbs/01_datasets.ipynb #2ae38485
 class CachedDataset(SegmentationDataset):
     "A data set whose decoded images and label maps are read from two files in a folder."
     def __init__(self, dataset: SegmentationDataset, place: Path):
@@ -620,11 +640,12 @@ def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)     # now: later, a full disk would end the process
     except OSError as e:
         path.unlink(missing_ok=True)
-        raise UserError(f"{path}: no room for {math.prod(shape) / 1e9:.1f} GB ({e.strerror}); free the disk, or name another folder with --data.cache") from None
+        raise UserError(f"{path}: no room for {math.prod(shape) / 1e9:.1f} GB ({e.strerror}); "
+                        "free the disk, or name another folder with --data.cache") from None
     return np.load(path, mmap_mode="r+")
 
 def fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
-    "Decode the images of a data set into a folder, from where an earlier attempt has stopped. Raises `UserError` where one is of another size than the first."
+    "Decode the images of a data set into a folder, from where an earlier attempt stopped. Raises `UserError` where one is not of the first one's size."
     place.mkdir(parents=True, exist_ok=True)
     size = dataset.size or open_rgb(dataset.images[0]).size[::-1]
     arrays = {"image": mapped(place/"image.npy", (len(dataset), 3, *size))}
@@ -637,7 +658,8 @@ def fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
     samples = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers)
     for i, sample in enumerate(progress_bar(samples, leave=False) if sys.stdout.isatty() else samples, start):
         if sample["image"].shape[1:] != size:
-            raise UserError(f"{dataset.images[i]}: not of the size of {dataset.images[0]}, and images of any size cannot share a cache; give --data.source-size and --data.target-size")
+            raise UserError(f"{dataset.images[i]}: not of the size of {dataset.images[0]}, and images of any size cannot share a cache; "
+                            "give --data.source-size and --data.target-size")
         for name, a in arrays.items(): a[i] = sample[name].numpy()
         if i % 64 == 63: note(i + 1)
     note(len(dataset))

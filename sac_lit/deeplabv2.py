@@ -115,7 +115,7 @@ class DeepLabVGG16(nn.Module):
     def place(name: str) -> str:
         return re.sub(r"^features\.(\d+)", lambda m: f"features.{int(m[1]) - (int(m[1]) > 33)}", name)
 
-# %% ../nbs/02_deeplabv2.ipynb #19c1644d
+# %% ../nbs/02_deeplabv2.ipynb #33997d85
 def upsample(logits: torch.Tensor,  # (B, C, h, w)
              size,                  # (H, W)
             ) -> torch.Tensor:      # (B, C, H, W)
@@ -130,7 +130,9 @@ class FCN8sVGG16(nn.Module):
         super().__init__()
         trunk = vgg_trunk()
         self.block1, self.block2, self.block3 = trunk[:24], trunk[24:34], trunk[34:]  # slices keep VGG's numbers
-        def fc(inputs, kernel): return [nn.Conv2d(inputs, 4096, kernel, padding=kernel // 2), nn.BatchNorm2d(4096), nn.ReLU(inplace=True), nn.Dropout2d(dropout)]
+        def fc(inputs, kernel):
+            conv = nn.Conv2d(inputs, 4096, kernel, padding=kernel // 2)
+            return [conv, nn.BatchNorm2d(4096), nn.ReLU(inplace=True), nn.Dropout2d(dropout)]
         self.vgg_head = nn.Sequential(*fc(512, 7), *fc(4096, 1), nn.Conv2d(4096, num_classes, 1))
         self.score_pool4, self.score_pool3 = nn.Conv2d(512, num_classes, 1), nn.Conv2d(256, num_classes, 1)
         for conv in (self.score_pool4, self.score_pool3): nn.init.normal_(conv.weight, 0, .01)
@@ -169,9 +171,11 @@ class DeepLabTiny(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, C, H/4, W/4), rounded up
         return self.head(self.body(x))
 
-# %% ../nbs/02_deeplabv2.ipynb #a915dbe7
-ARCHS = {"deeplabv2_resnet101": DeepLabResNet101, "deeplabv2_vgg16": DeepLabVGG16, "fcn8s_vgg16": FCN8sVGG16, "deeplabv2_tiny": DeepLabTiny}
+# %% ../nbs/02_deeplabv2.ipynb #a413b4d4
+ARCHS = {  # the networks by name
+    "deeplabv2_resnet101": DeepLabResNet101, "deeplabv2_vgg16": DeepLabVGG16, "fcn8s_vgg16": FCN8sVGG16, "deeplabv2_tiny": DeepLabTiny}
 
+# what `save_pretrained` writes into README.md beside the weights
 CARD = """---
 {{ card_data }}
 ---
@@ -240,13 +244,14 @@ def most_likely(logits: torch.Tensor,  # (B, C, h, w)
     with torch.autocast(wide.device.type, enabled=False):                                             # all of it in float32
         return torch.stack([torch.cat([largest(a @ y[:, here]) for _, here, a in strips]) for y in wide])
 
-# %% ../nbs/02_deeplabv2.ipynb #bb019b78
+# %% ../nbs/02_deeplabv2.ipynb #9808b5ec
 def read_weights(imagenet, weights: str | Path) -> dict[str, torch.Tensor]:
     "Tensors by torchvision's names: downloaded (`weights` is 'imagenet', `imagenet` torchvision's entry) or from a file."
     if weights == "imagenet":
         try: return imagenet.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as e:
-            raise UserError(f"weights 'imagenet': {imagenet.url} could not be fetched ({e}); download it elsewhere and give the path of the file instead") from e
+            raise UserError(f"weights 'imagenet': {imagenet.url} could not be fetched ({e}); "
+                            "download it elsewhere and give the path of the file instead") from e
     path = Path(weights)
     if not path.is_file(): raise UserError(f"{path}: no such file; give 'imagenet' or the file that {imagenet.url} leads to")
     try: return dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
@@ -256,8 +261,10 @@ def mismatch(own: dict,    # {name: shape} of the tensors that a network has
              found: dict,  # the same of those in a file
             ) -> str:      # empty where nothing is wrong
     "How a file's tensors differ from a network's, in words: three names of each kind, and how many more."
-    wrong = {"lacks": own.keys() - found, "has besides": found.keys() - own, "has in another shape": {k for k in own.keys() & found if own[k] != found[k]}}
-    return "; ".join(f"it {what} {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}" for what, keys in wrong.items() if keys)
+    wrong = {"lacks": own.keys() - found, "has besides": found.keys() - own,
+             "has in another shape": {k for k in own.keys() & found if own[k] != found[k]}}
+    more = lambda keys: f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return "; ".join(f"it {what} {', '.join(sorted(keys)[:3])}{more(keys)}" for what, keys in wrong.items() if keys)
 
 def load_imagenet(model: SegmentationModel,
                   weights: str | Path,  # "imagenet", or the path of torchvision's .pth, or of the same tensors as .safetensors
@@ -265,7 +272,8 @@ def load_imagenet(model: SegmentationModel,
     "Fill all but the new layers. Raises `UserError` where the file is missing, unreadable, or of another architecture."
     net, counter = model.backbone, "num_batches_tracked"                      # counters: absent from old files, of no consequence
     if net.imagenet is None: raise UserError(f"there are no ImageNet weights for {model.arch}; leave out weights {str(weights)!r}")
-    found = {net.place(k): v for k, v in read_weights(net.imagenet, weights).items() if not k.startswith(("fc.", "classifier.")) and not k.endswith(counter)}
+    found = {net.place(k): v for k, v in read_weights(net.imagenet, weights).items()
+             if not k.startswith(("fc.", "classifier.")) and not k.endswith(counter)}
     own = {k: v.shape for k, v in net.state_dict().items() if not k.startswith(net.new) and not k.endswith(counter)}
     wrong = mismatch(own, {k: getattr(v, "shape", None) for k, v in found.items()})
     if wrong: raise UserError(f"{weights}: not {Path(net.imagenet.url).name}, from which {model.arch} starts: {wrong}")
@@ -281,13 +289,14 @@ def build_model(arch: str,  # a key of `ARCHS`
     if weights is not None: load_imagenet(model, weights)
     return model
 
-# %% ../nbs/02_deeplabv2.ipynb #792877cc
+# %% ../nbs/02_deeplabv2.ipynb #c5ff524f
 class Forgotten:
     "Takes the place of a NumPy object in a snapshot: nothing of NumPy's runs, and nothing is kept."
     def __init__(self, *args): pass
     def __setstate__(self, state): pass
 
-FORGOTTEN = [(Forgotten, f"numpy.{name}") for name in ("dtype", "ndarray", *(f"{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar", "_reconstruct")))]
+FORGOTTEN = [(Forgotten, f"numpy.{name}") for name in (  # NumPy's names that a snapshot may hold, each with its stand-in
+    "dtype", "ndarray", *(f"{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar", "_reconstruct")))]
 
 def read_snapshot(path: Path) -> dict[str, torch.Tensor]:
     "The tensors of a snapshot by name, without `module.`. Raises `UserError` for a file that is none."
@@ -296,15 +305,17 @@ def read_snapshot(path: Path) -> dict[str, torch.Tensor]:
         with safe_globals(FORGOTTEN): saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         alien = isinstance(e, UnpicklingError) and re.search(r"GLOBAL (\S+) was not", str(e))
-        if alien: raise UserError(f"{path}: holds a {alien[1]} beside its tensors, which could run code and is not opened; where you trust the file, save its 'model' alone with torch.save") from e
+        if alien:
+            raise UserError(f"{path}: holds a {alien[1]} beside its tensors, which could run code and is not opened; "
+                            "where you trust the file, save its 'model' alone with torch.save") from e
         raise UserError(f"{path}: cannot be read as a snapshot ({type(e).__name__}); fetch the file once more") from e
     state = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path}: no snapshot, which is a dictionary with named tensors as its 'model'")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
-# %% ../nbs/02_deeplabv2.ipynb #b244836f
-BUFFERS = ("running_conf", "slow_init")
+# %% ../nbs/02_deeplabv2.ipynb #ce9d82b5
+BUFFERS = ("running_conf", "slow_init")  # tensors of a snapshot that belong to neither network
 
 def recognise(state: dict[str, torch.Tensor]) -> SegmentationModel:
     "The network whose names these are, as many classes as its head has, on the meta device."
@@ -325,7 +336,8 @@ def load_snapshot(path: str | Path,
     if has_momentum: layout |= {k.replace("backbone.", "slow_net.", 1): shape for k, shape in layout.items()}
     wrong = mismatch(layout, {k: v.shape for k, v in state.items() if k not in BUFFERS})
     if wrong: raise UserError(f"{path}: no snapshot of {model.arch} with {model.num_classes} classes: {wrong}")
-    if which == "momentum" and not has_momentum: raise UserError(f"{path}: holds no momentum network, as is usual after ABN pretraining; take the student")
+    if which == "momentum" and not has_momentum:
+        raise UserError(f"{path}: holds no momentum network, as is usual after ABN pretraining; take the student")
     part = {"student": "backbone.", "momentum": "slow_net."}[which]
     model.load_state_dict({k: state[k.replace("backbone.", part, 1)].to(v.dtype).contiguous() for k, v in own.items()}, assign=True)
     return model.eval()
@@ -344,7 +356,7 @@ def save_snapshot(path: str | Path,
     torch.save({"model": state, "score": 0., "epoch": 0}, tmp := f"{path}.tmp")
     os.replace(tmp, path)
 
-# %% ../nbs/02_deeplabv2.ipynb #ba6373a1
+# %% ../nbs/02_deeplabv2.ipynb #8a7acdff
 def param_groups(model: SegmentationModel,
                  lr: float,            # base learning rate
                  weight_decay: float,  # of everything called weight, the scale of batch norm included
@@ -352,7 +364,8 @@ def param_groups(model: SegmentationModel,
     "Parameters by kind and age (section 4.1 and the released code): biases learn twice as fast without decay, new layers ten times as fast."
     def group(kind, new):
         name, factor = f"{'new ' if new else ''}{kind}", (10 if new else 1) * (1 if kind == "weights" else 2)
-        params = [p for k, p in model.backbone.named_parameters() if k.endswith("bias") == (kind == "biases") and k.startswith(model.backbone.new) == new]
+        params = [p for k, p in model.backbone.named_parameters()
+                  if k.endswith("bias") == (kind == "biases") and k.startswith(model.backbone.new) == new]
         return {"name": name, "params": params, "lr": factor * lr, "weight_decay": weight_decay if kind == "weights" else 0.}
     groups = [group(kind, new) for new in (False, True) for kind in ("weights", "biases")]
     return [g for g in groups if g["params"]]

@@ -56,7 +56,7 @@ class Views(NamedTuple):
     theta: torch.Tensor  # (B, T, 2, 3), from view to canvas, for all views of the group
     mine: slice = slice(None)  # which of the T views are here
 
-# %% ../nbs/08_ema_training.ipynb #73d531fb
+# %% ../nbs/08_ema_training.ipynb #d93119ff
 @dataclass(frozen=True)
 class SelfSupervision:
     "Hyper-parameters of the target loss, with the values of the paper (section 4.1)."
@@ -66,7 +66,7 @@ class SelfSupervision:
     lam: float = 3.  # focal exponent (eq. 6)
     target_weight: float = 5.  # weight of the target loss beside the source loss
     pool: Literal["mean", "min_entropy"] = "mean"  # how the views' predictions are fused
-    average_confidence: bool = False  # weight the loss by the batch's mean confidence, as the released code does, not the pixel's own
+    confidence: Literal["pixel", "batch", "none"] = "pixel"  # weight of the loss: the pixel's own (eq. 6), the batch's mean (as released), or none
 
 # %% ../nbs/08_ema_training.ipynb #4d6ba226
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def accumulate(model: nn.Module,
         total = total + loss.detach()
     return total
 
-# %% ../nbs/08_ema_training.ipynb #61f20464
+# %% ../nbs/08_ema_training.ipynb #f9ce3971
 def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen here (`freeze_bn`)
              teacher: MomentumNetwork,
              prior: ClassPrior,
@@ -134,7 +134,8 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
     optimizer.zero_grad()
     loss_source = accumulate(model, source_loss, (images, labels), micro_batch, backward, hold=no_sync)
     pseudo, confidence = pseudo_supervision(teacher, prior, views, hp, reduce, gather, micro_batch)
-    if hp.average_confidence: confidence = batch_confidence(confidence, reduce)
+    if hp.confidence == "batch": confidence = batch_confidence(confidence, reduce)
+    if hp.confidence == "none": confidence = torch.ones_like(confidence)
     target_loss = lambda logits, *target: focal_loss(logits, *target, prior.chi, hp.lam)
     weighted = lambda loss: backward(hp.target_weight * loss)
     loss_target = accumulate(model, target_loss, (views.noisy.flatten(0, 1), pseudo, confidence), micro_batch, weighted, hold_but_last=no_sync)

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from .core import IGNORE_INDEX
 
-# %% ../nbs/05_moving_threshold.ipynb #ba3fa108
+# %% ../nbs/05_moving_threshold.ipynb #ffc98771
 class ClassPrior(nn.Module):
     "Moving average of the class shares (eqs. 1 and 2)."
     def __init__(self,
@@ -31,7 +31,8 @@ class ClassPrior(nn.Module):
               ) -> None:
         "One step, with the average over the whole batch. The first estimate is copied. Raises `ValueError` for another number of classes."
         C = len(self.chi)
-        if probs.shape[-3] != C: raise ValueError(f"probs has shape {tuple(probs.shape)}, expected (..., {C}, H, W): one channel for each of {C} classes")
+        if probs.shape[-3] != C:
+            raise ValueError(f"probs has shape {tuple(probs.shape)}, expected (..., {C}, H, W): one channel for each of {C} classes")
         estimate = probs.float().mean((-2, -1)).view(-1, C).mean(0)             # eq. 1 and mean over the batch, (C,)
         if reduce is not None: estimate = reduce(estimate)
         first = (self.updates == 0) & (estimate > 1e-8)                         # a tensor: no wait for the device
@@ -48,7 +49,7 @@ def thresholds(peak: torch.Tensor,  # highest confidence of each class in each s
     "Sample-based moving threshold (eq. 3)."
     return (-zeta * torch.expm1(-chi / beta) * peak).clamp(min=floor)
 
-# %% ../nbs/05_moving_threshold.ipynb #65ac71e8
+# %% ../nbs/05_moving_threshold.ipynb #6a5d74fc
 @torch.no_grad()
 def class_peaks(confidence: torch.Tensor,  # (B, H, W)
                 dominant: torch.Tensor,    # its class, int64 (B, H, W)
@@ -81,7 +82,8 @@ def pseudo_labels(probs: torch.Tensor,  # fused softmax of the momentum network,
                  ) -> tuple[torch.Tensor, torch.Tensor]:  # labels int64 (B, H, W) with `IGNORE_INDEX`, confidence (B, H, W)
     "Dominant classes whose confidence exceeds the threshold (eq. 5). Raises `ValueError` where shapes disagree."
     (B, C, H, W) = probs.shape
-    if chi.shape != (C,): raise ValueError(f"chi has shape {tuple(chi.shape)}, expected ({C},): one prior for each channel of probs {tuple(probs.shape)}")
+    if chi.shape != (C,):
+        raise ValueError(f"chi has shape {tuple(chi.shape)}, expected ({C},): one prior for each channel of probs {tuple(probs.shape)}")
     if valid is not None and valid.shape != (B, H, W): raise ValueError(f"valid has shape {tuple(valid.shape)}, expected {(B, H, W)}")
     confidence, dominant = probs.float().max(1)                                 # (B, H, W) each
     if valid is not None: confidence = confidence * valid

@@ -45,7 +45,7 @@ from .core import UserError
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, StepSampler, epoch_index
 from .ema_training import SelfSupervision
 
-# %% ../nbs/08a_runs.ipynb #3c76ea09
+# %% ../nbs/08a_runs.ipynb #5c3999d4
 @dataclass(frozen=True)
 class DataConfig:
     "Where the images are, and how they are read."
@@ -96,6 +96,7 @@ class ABNConfig(OptimConfig):
 class SACConfig(OptimConfig):
     "The joint stage."
     steps: int = 100_000  # optimizer steps
+    start: str | None = None  # network to start from: a folder, or a snapshot (.pth) of the authors; None: what this run's ABN pretraining left
     source_batch: int = 8  # source images a step, over all processes
     groups: int = 2  # target images a step, each in num_crops + 1 views
     num_crops: int = 3  # N: crops beside the whole image
@@ -104,6 +105,7 @@ class SACConfig(OptimConfig):
     source_jitter: float = 0.  # strength of the source's colour jitter
     view_scale: tuple[float, float] = (.5, 1.)  # size of a view as a share of the canvas
     joint_scale: tuple[float, float] = (1., 1.1)  # zoom of the whole group
+    noise: bool = True  # photometric noise on the student's views
     blur: float = 2.  # largest standard deviation of the student's blur, in pixels
     gamma_chi: float = .99  # momentum of the class prior (eq. 2)
     gamma_psi: float = .99  # momentum of the momentum network (eq. 9)
@@ -267,8 +269,10 @@ class Run:
         "Print on the main process."
         self.accelerator.print(text, flush=True)
 
-# %% ../nbs/08a_runs.ipynb #86cbe4eb
-FREE = {"runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full", "recompute", "tracker", "stages", "data.workers", "data.timeout", "data.cache"}
+# %% ../nbs/08a_runs.ipynb #7b6f5007
+FREE = {  # settings that do not decide the results, and may change when a run goes on
+    "runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full", "recompute", "tracker", "stages",
+    "data.workers", "data.timeout", "data.cache"}
 
 def settings(cfg: Config) -> dict:
     "The part of a configuration that decides the results, as plain JSON values by dotted name."
@@ -293,14 +297,17 @@ def load_config(folder: Path) -> Config:
     "The configuration of a run. Raises `UserError` where the folder holds none."
     path = folder / "config.json"
     try: return rebuild(Config, json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); give the folder of a run, such as runs/toy") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); give the folder of a run, such as runs/toy") from e
 
-# %% ../nbs/08a_runs.ipynb #787a16ec
+# %% ../nbs/08a_runs.ipynb #bce9cb88
 def start_accelerator(cfg: Config) -> Accelerator:
     "Accelerate with the precision, the compiler and the tracker that the configuration asks for. Raises `UserError` for what this machine lacks."
-    if cfg.tracker and cfg.tracker not in map(str, get_available_trackers()):
-        raise UserError(f"--tracker {cfg.tracker}: not installed or not known to Accelerate; install it with pip, or choose one of {', '.join(map(str, get_available_trackers())) or 'none, as none is installed'}")
-    for option, value in (("log-every", cfg.log_every), ("checkpoint-every", cfg.checkpoint_every), ("keep", cfg.keep), ("sac.period", cfg.sac.period)):
+    if cfg.tracker and cfg.tracker not in (there := [*map(str, get_available_trackers())]):
+        raise UserError(f"--tracker {cfg.tracker}: not installed or not known to Accelerate; install it with pip, "
+                        f"or choose one of {', '.join(there) or 'none, as none is installed'}")
+    numbers = {"log-every": cfg.log_every, "checkpoint-every": cfg.checkpoint_every, "keep": cfg.keep, "sac.period": cfg.sac.period}
+    for option, value in numbers.items():
         if value < 1: raise UserError(f"--{option} {value}: give a number of at least 1")
     if cfg.mixed_precision == "fp16" and not torch.cuda.is_available(): raise UserError("--mixed-precision fp16: needs a GPU; give bf16 or no")
     torch.backends.cudnn.allow_tf32 = False                                 # float32 means float32; bf16 is faster still
@@ -338,11 +345,12 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     accelerator.wait_for_everyone()
     seen = gather_object([path.read_text() if path.exists() else ""])       # what the main process has just written
     if blind := [i for i, text in enumerate(seen) if text != seen[0]]:
-        raise UserError(f"{run.folder}: the processes {blind} do not see what process 0 wrote there; give --runs a folder on a disk that all machines share")
+        raise UserError(f"{run.folder}: the processes {blind} do not see what process 0 wrote there; "
+                        "give --runs a folder on a disk that all machines share")
     if cfg.tracker: accelerator.init_trackers("sac_lit", config={k: str(v) for k, v in settings(cfg).items()})
     return run
 
-# %% ../nbs/08a_runs.ipynb #24527824
+# %% ../nbs/08a_runs.ipynb #b6fbc2e0
 def walk(run: Run, stage: str, dataset: SegmentationDataset, batch: int):
     "Pick images by fresh permutations of the data set (`epoch_index`)."
     return lambda step, slot: epoch_index(run.cfg.seed, stage, step, slot, batch, len(dataset))
@@ -364,8 +372,10 @@ def batches(run: Run, dataset: SegmentationDataset, start: int, steps: int, slot
         if isinstance(e, RuntimeError) and "DataLoader" not in str(e): raise
         if run.stop.number: raise Stopped(f"while it waited for step {step + 1}") from e              # the signal met the workers, too
         names = ", ".join(str(dataset.images[pick(step, slot)]) for slot in slots)
-        what = f"delivered nothing for {run.cfg.data.timeout} s" if "timed out" in str(e) else f"or one of its neighbours died ({' '.join(str(e).split())})"
-        raise UserError(f"data worker {(step - start) % n} of {n} {what}, due in step {step + 1}: {names}; look at these files and at the free memory, or give fewer --data.workers or a longer --data.timeout") from e
+        died = f"or one of its neighbours died ({' '.join(str(e).split())})"
+        what = f"delivered nothing for {run.cfg.data.timeout} s" if "timed out" in str(e) else died
+        raise UserError(f"data worker {(step - start) % n} of {n} {what}, due in step {step + 1}: {names}; "
+                        "look at these files and at the free memory, or give fewer --data.workers or a longer --data.timeout") from e
 
 def names_of(dataset: SegmentationDataset, batch: dict) -> str:
     "The files of a batch, for a message."
@@ -402,7 +412,7 @@ class Progress:
         self.count, self.sums = 0, {}
         return means
 
-# %% ../nbs/08a_runs.ipynb #12a09af8
+# %% ../nbs/08a_runs.ipynb #a3594c85
 def versions() -> dict[str, str]:
     "What a resume should find again for the same bits."
     return {name: version(name) for name in ("sac_lit", "torch", "torchvision")}
@@ -423,7 +433,8 @@ def save_checkpoint(run: Run, stage: str, state: dict) -> None:
         flush(run.folder / "log.jsonl")
         with written_aside(path) as tmp:
             tmp.mkdir()
-            torch.save({"settings": settings(run.cfg), "versions": versions(), "state": {k: v.state_dict() for k, v in state.items()}}, tmp / "state.pt")
+            content = {"settings": settings(run.cfg), "versions": versions(), "state": {k: v.state_dict() for k, v in state.items()}}
+            torch.save(content, tmp / "state.pt")
     except (OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("PytorchStreamWriter|inline_container|unexpected pos", str(e)): raise     # not of the file
         free = shutil.disk_usage(run.folder).free / 2 ** 20
@@ -447,7 +458,9 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
     "Restore the newest whole checkpoint of a stage in place, if there is one. Raises `UserError` where it belongs to another configuration."
     for path in reversed(checkpoints(run, stage)):
         try: saved = read_checkpoint(path)
-        except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or e}); nothing was changed; give the same command again when the disk answers") from e
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror or e}); nothing was changed; "
+                            "give the same command again when the disk answers") from e
         except ValueError as e:
             run.say(f"{path}: damaged ({e}); it is set aside as {path.name}.damaged, and the one before it, if there is one, takes its place")
             run.accelerator.wait_for_everyone()
@@ -455,11 +468,12 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
             continue
         if other := differences(saved["settings"], settings(run.cfg)):
             raise UserError(f"{path}: a checkpoint of another configuration ({other}); remove it, or give another --name")
-        if saved["versions"] != versions(): run.say(f"{path}: written with {saved['versions']}, continued with {versions()}; the last digits may differ")
+        if saved["versions"] != versions():
+            run.say(f"{path}: written with {saved['versions']}, continued with {versions()}; the last digits may differ")
         for k, v in state.items(): v.load_state_dict(saved["state"][k])
         return
 
-# %% ../nbs/08a_runs.ipynb #81750639
+# %% ../nbs/08a_runs.ipynb #858eaa75
 def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evaluate, eval_every: int = 0, watch=lambda: None) -> float:
     "Run `step_losses(start)` with a log, evaluations (`evaluate(step) -> text`) and checkpoints of `state`; seconds that it took."
     progress = Progress()
@@ -495,8 +509,8 @@ def run_stage(run: Run, stage: str, steps: int, step_losses, state: dict, evalua
     except RuntimeError as e:                                               # in the middle of a step: nothing to save
         if "DataLoader" not in str(e): raise
         if run.stop.number: raise Stopped(f"{stage}, in step {progress.step + 1} of {steps}") from e
-        raise UserError(f"{run.folder}: a data worker died in step {progress.step + 1} of {stage} ({' '.join(str(e).split())}); the last checkpoint is kept; "
-                        "look at the free memory, or give fewer --data.workers") from e
+        raise UserError(f"{run.folder}: a data worker died in step {progress.step + 1} of {stage} ({' '.join(str(e).split())}); "
+                        "the last checkpoint is kept; look at the free memory, or give fewer --data.workers") from e
     run.say(f"{stage} {steps}/{steps}{score}")
     return progress.state_dict()["seconds"]
 
@@ -509,7 +523,8 @@ def log_losses(run: Run, stage: str, progress: Progress) -> str:
 def forget_after(run: Run, stage: str, step: int) -> None:
     "Drop the log's lines of steps that will be done again. Raises `UserError` where the processes have found different checkpoints."
     if len(set(found := gather_object([step]))) > 1:
-        raise UserError(f"{run.folder}: the processes found checkpoints of the steps {found}; wait until all machines see the same files, and give the same command again")
+        raise UserError(f"{run.folder}: the processes found checkpoints of the steps {found}; "
+                        "wait until all machines see the same files, and give the same command again")
     if run.accelerator.is_main_process:
         rows = [r for r in run.rows() if r["stage"] != stage or r["step"] <= step]
         with written_aside(run.folder / "log.jsonl") as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -29,9 +29,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .core import CLASSES, IGNORE_INDEX, UserError, seed_of
 
-# %% ../nbs/00a_toy_city.ipynb #bd1b7186
-(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAM, MOTORCYCLE,
- BICYCLE) = range(len(CLASSES))
+# %% ../nbs/00a_toy_city.ipynb #31513cb8
+(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION,  # train ids by name
+ TERRAIN, SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAM, MOTORCYCLE, BICYCLE) = range(len(CLASSES))
 
 # %% ../nbs/00a_toy_city.ipynb #15200ddf
 class Camera(NamedTuple):
@@ -47,8 +47,8 @@ class Camera(NamedTuple):
         k = self.focal / max(z, near)  # pixels a metre
         return self.centre + k * (x - self.offset), self.horizon + k * (self.height - y)
 
-# %% ../nbs/00a_toy_city.ipynb #43cdab4a
-CIRCLE = [(cos(i * pi / 6), sin(i * pi / 6)) for i in range(12)]
+# %% ../nbs/00a_toy_city.ipynb #49775cb5
+CIRCLE = [(cos(i * pi / 6), sin(i * pi / 6)) for i in range(12)]  # of radius 1, as a polygon of twelve corners
 
 class Plane:
     "A flat surface of the scene, drawn on in metres: whatever is painted in the picture is marked in the map of parts as well."
@@ -302,8 +302,8 @@ def traffic_sign(stage, x, z):
             elif kind == 1: p.poly(((-r * k * 1.1, b - r * k * .8), (r * k * 1.1, b - r * k * .8), (0, b + r * k)), c)
             else: p.rect(-r * k * 1.15, b - r * .8 * k ** 2, r * k * 1.15, b + r * .8 * k ** 2, c)
 
-# %% ../nbs/00a_toy_city.ipynb #6b0f4017
-BLACK, WINDOW, HEAD, TAIL = (24, 24, 27), (46, 56, 66), (248, 244, 216), (206, 26, 26)
+# %% ../nbs/00a_toy_city.ipynb #c5fd08fd
+BLACK, WINDOW, HEAD, TAIL = (24, 24, 27), (46, 56, 66), (248, 244, 216), (206, 26, 26)  # both towns' tyres, windows, front and rear lamps
 
 def lamps(face, half, y, size, front):
     "A pair of head lamps or tail lamps."
@@ -456,7 +456,7 @@ def two_wheeler(stage, x, z, motor, rider, way):
     torso(p, stage, hip, .92, .95, lean=.22 * way)
     if motor: p.disc(hip + .26 * way, .92 + .6 + .15, .17, colour)
 
-# %% ../nbs/00a_toy_city.ipynb #bae7b598
+# %% ../nbs/00a_toy_city.ipynb #3047c311
 class Town(NamedTuple):
     "How one town is laid out: ranges are (least, most), lengths in metres, the rest are probabilities."
     horizon: tuple = (.46, .53)  # of the height of the picture
@@ -480,10 +480,11 @@ class Town(NamedTuple):
     motorcycle: float = .28
     bonnet: float = 0.           # of the recording car, below the picture's edge
 
-TOWNS = {"source": Town(),
-         "target": Town(horizon=(.40, .47), focal=(.64, .84), road=(3.4, 5.2), walk=(2., 3.8), storeys=(2., 6.), plots=(.52, .13, .15, .20),
-                        setback=.45, avenue=.5, furniture=.9, parked=.6, people=(1, 6), tram=.11, bus=.14, truck=.15, rider=.55,
-                        bicycle=.40, motorcycle=.24, bonnet=.6)}
+TOWNS = {  # how the two towns are laid out, by domain
+    "source": Town(),
+    "target": Town(horizon=(.40, .47), focal=(.64, .84), road=(3.4, 5.2), walk=(2., 3.8), storeys=(2., 6.), plots=(.52, .13, .15, .20),
+                   setback=.45, avenue=.5, furniture=.9, parked=.6, people=(1, 6), tram=.11, bus=.14, truck=.15, rider=.55,
+                   bicycle=.40, motorcycle=.24, bonnet=.6)}
 
 # %% ../nbs/00a_toy_city.ipynb #ffff14a4
 class Street:
@@ -559,8 +560,8 @@ def roadway(stage, street):
         if not z0 - 8 < z < z1 + 3: lane.rect(-.08, z, .08, z + 2.6, paint)
     for x in (-half + .4, half - .4) if d.random() < .4 else (): lane.rect(x - .07, .6, x + .07, 90, paint)
 
-# %% ../nbs/00a_toy_city.ipynb #a47c2585
-PLOTS = ("house", "wall", "garden", "park")
+# %% ../nbs/00a_toy_city.ipynb #15bdee00
+PLOTS = ("house", "wall", "garden", "park")  # what lies along the pavement; `Town.plots` has their shares
 
 def plot(street, side, kind, z0, z1, storeys, setback):
     "Fill a stretch of one side of the street with one of `PLOTS`."
@@ -738,7 +739,7 @@ def photograph(image, depth, amounts: dict, rng):
         if amounts.get(name): image = effect(image, amounts[name], depth, rng)
     return image
 
-# %% ../nbs/00a_toy_city.ipynb #4dc10e6e
+# %% ../nbs/00a_toy_city.ipynb #c8558503
 class Domain(NamedTuple):
     "A town and the camera in it. Here the gap between the domains is tuned."
     town: Town
@@ -747,10 +748,11 @@ class Domain(NamedTuple):
     clouds: float
     camera: dict    # amount of each effect at degree 1
 
-CLEAN = dict(sensor=.006)
-DOMAINS = {"source": Domain(TOWNS["source"], (0., 0.), (.7, .6), 22., CLEAN),
-           "target": Domain(TOWNS["target"], (.2, 1.), (1.3, 1.3), 9.,
-                            dict(haze=1.1, exposure=.3, contrast=.2, tint=.08, fade=.3, vignette=.35, blur=.9, sensor=.04, jpeg=50))}
+CLEAN = dict(sensor=.006)  # amounts of the effects of the source's camera
+DOMAINS = {  # the two domains; what lies between them is the gap
+    "source": Domain(TOWNS["source"], (0., 0.), (.7, .6), 22., CLEAN),
+    "target": Domain(TOWNS["target"], (.2, 1.), (1.3, 1.3), 9.,
+                     dict(haze=1.1, exposure=.3, contrast=.2, tint=.08, fade=.3, vignette=.35, blur=.9, sensor=.04, jpeg=50))}
 
 def camera_amounts(domain, degree, gap, dice):
     "This picture's amount of each effect: between the clean camera (degree or gap 0) and 0.3 to 1 times the domain's (degree and gap 1)."
@@ -800,7 +802,7 @@ def write_png16(path: Path,           # file to write
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
 
-# %% ../nbs/00a_toy_city.ipynb #595c9671
+# %% ../nbs/00a_toy_city.ipynb #7807cf60
 def ids_on_disk(label, column: str, ignored: int) -> np.ndarray:
     "Train ids to the numbers of a data set: a column of the class table, and one number for what has no class."
     table = np.full(256, ignored, np.uint8)
@@ -834,7 +836,7 @@ def file_in(root, folder, name) -> Path:
     (root/folder).mkdir(parents=True, exist_ok=True)
     return root/folder/name
 
-LAYOUTS = {"gta5": save_gta5, "synthia": save_synthia, "cityscapes": save_cityscapes}
+LAYOUTS = {"gta5": save_gta5, "synthia": save_synthia, "cityscapes": save_cityscapes}  # what writes one scene, by layout
 
 # %% ../nbs/00a_toy_city.ipynb #4e7c2e2e
 RECORD, VERSION = "toy_city.json", 1  # raise VERSION when the pictures change

@@ -7,18 +7,18 @@ __all__ = ['TOY_DATA', 'TOY', 'TOY_LONG', 'FOLDER', 'FOLDER_CPU', 'PRESETS', 'SU
            'CAPTIONS', 'paper', 'class_names', 'absent_classes', 'open_data', 'needed', 'source_data', 'target_data',
            'val_data', 'source_batch', 'target_batch', 'evaluate', 'log_evaluations', 'build_optimizer', 'set_lr',
            'prepare', 'seed_dropout', 'supervised_steps', 'target_frequencies', 'sac_steps', 'warnings_in', 'watch',
-           'finish', 'load_stage', 'train_supervised', 'train_sac', 'results', 'means_of', 'result_rows',
-           'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
+           'finish', 'load_stage', 'starting_network', 'train_supervised', 'train_sac', 'results', 'means_of',
+           'result_rows', 'result_table', 'save_figure', 'figure_of_curves', 'figure_of_classes', 'figure_of_examples',
            'figure_of_views', 'html_table', 'html_figure', 'write_report', 'check_shares', 'train_stage', 'train',
-           'report', 'main']
+           'report', 'ending_in_a_line', 'main']
 
-# %% ../nbs/09_train.ipynb #3349029e
+# %% ../nbs/09_train.ipynb #d5798adc
 import base64
 import copy
 import html
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .core import NAMES, ConfusionMatrix, UserError, class_bars, class_legend, g
 from .crop_fusion import crop_theta, fuse
 from .datasets import (IMAGENET_MEAN, IMAGENET_STD, SegmentationDataset, cached, cityscapes, folder, gta5, matching_statistics,
                               normalize, photometric_noise, read_classes, released_gta5_frames, source_view, synthia, target_views)
-from .deeplabv2 import SegmentationModel, build_model, most_likely, param_groups, upsample
+from .deeplabv2 import SegmentationModel, build_model, load_snapshot, most_likely, param_groups, upsample
 from .ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision, sac_step
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
@@ -42,15 +42,17 @@ from .runs import (ABNConfig, Config, DataConfig, OptimConfig, Run, SACConfig, S
                           names_of, open_run, patient, recompute, remove, run_stage, share_out, start_accelerator, walk, written_aside)
 from .toy_city import write_dataset
 
-# %% ../nbs/09_train.ipynb #7eb0e213
-TOY_DATA = DataConfig(source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
-                      workers=0, toy=True, toy_size=(96, 192))
-TOY = Config(
+# %% ../nbs/09_train.ipynb #7ee72f07
+TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed
+    source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
+    workers=0, toy=True, toy_size=(96, 192))
+TOY = Config(  # the preset `toy`
     name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA, log_every=25, eval_every=250, checkpoint_every=250,
     abn=ABNConfig(optimizer="adam", lr=3e-3, schedule="poly", steps=800, source_batch=8, target_batch=8, crop=(96, 192), scale=(1., 2.), jitter=0.),
     sac=SACConfig(optimizer="adam", lr=5e-4, schedule="poly", steps=1000, source_batch=4, crop=(96, 192), source_scale=(1., 2.), blur=.4, period=1,
                   loss=SelfSupervision(zeta=.75, beta=1e-2, floor=.2, target_weight=2.)))
-TOY_LONG = replace(TOY, name="toy_long", eval_every=500, checkpoint_every=500, sac=replace(TOY.sac, steps=5000, period=4, source_scale=(.7, 1.7)))
+TOY_LONG = replace(  # the preset `toy_long`
+    TOY, name="toy_long", eval_every=500, checkpoint_every=500, sac=replace(TOY.sac, steps=5000, period=4, source_scale=(.7, 1.7)))
 
 def paper(source: str, arch: str, **lr) -> Config:
     "The settings of a released model."
@@ -63,14 +65,16 @@ def paper(source: str, arch: str, **lr) -> Config:
     return Config(name=f"{source}_{arch.split('_')[0] if arch.startswith('fcn') else arch.split('_')[1]}", arch=arch, data=data, abn=abn,
                   sac=SACConfig(steps=108_000, hard_counts=True, loss=loss, **lr), eval_every=5000)
 
-FOLDER = Config(name="folder", arch="deeplabv2_resnet101",
-                data=DataConfig(source="folder", source_root="", target="folder", target_root="", source_size=None, target_size=None),
-                abn=ABNConfig(steps=10_000), sac=SACConfig(steps=20_000, period=20, loss=SelfSupervision(floor=.2)), eval_every=5000)
+FOLDER = Config(  # the preset `folder`
+    name="folder", arch="deeplabv2_resnet101",
+    data=DataConfig(source="folder", source_root="", target="folder", target_root="", source_size=None, target_size=None),
+    abn=ABNConfig(steps=10_000), sac=SACConfig(steps=20_000, period=20, loss=SelfSupervision(floor=.2)), eval_every=5000)
 
-FOLDER_CPU = replace(TOY, name="folder_cpu", data=replace(FOLDER.data, source_size=(180, 240), target_size=(180, 240), eval_size=(180, 240), workers=1),
-                     abn=replace(TOY.abn, crop=(180, 240), scale=(.8, 1.6), jitter=.2), sac=replace(TOY.sac, crop=(180, 240), source_scale=(.8, 1.6)))
+FOLDER_CPU = replace(  # the preset `folder_cpu`
+    TOY, name="folder_cpu", data=replace(FOLDER.data, source_size=(180, 240), target_size=(180, 240), eval_size=(180, 240), workers=1),
+    abn=replace(TOY.abn, crop=(180, 240), scale=(.8, 1.6), jitter=.2), sac=replace(TOY.sac, crop=(180, 240), source_scale=(.8, 1.6)))
 
-PRESETS = {
+PRESETS = {  # description and configuration of every preset, by name
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
     "toy_long": ("The toy city with five times the SAC steps, a slower momentum network and smaller scales of the source.", TOY_LONG),
     "gta5_resnet101": ("GTA5 to Cityscapes, DeepLabv2 on ResNet-101.", paper("gta5", "deeplabv2_resnet101")),
@@ -83,8 +87,8 @@ PRESETS = {
     "folder_cpu": ("The same on a CPU: the toy's small network and schedule, at 180 x 240 pixels.", FOLDER_CPU),
 }
 
-# %% ../nbs/09_train.ipynb #993b93c5
-SUBSETS = {f"mean of {n}": subset(n) for n in (16, 13)}
+# %% ../nbs/09_train.ipynb #76f50ee5
+SUBSETS = {f"mean of {n}": subset(n) for n in (16, 13)}  # train ids over which the shorter means are taken, by title
 
 def class_names(cfg: Config) -> tuple[str, ...]:
     "The classes of a run."
@@ -128,8 +132,9 @@ def val_data(d: DataConfig) -> SegmentationDataset | None:
     if d.target == "cityscapes": return cityscapes(d.target_root, "val", size=d.eval_size)
     return folder(d.val_root, needed(d.val_labels, "val-labels"), d.classes, ignore=d.ignore, size=d.eval_size) if d.val_root else None
 
-# %% ../nbs/09_train.ipynb #0d537e8a
-def source_batch(run: Run, stage: str, batch: dict, step: int, slots: range, c: ABNConfig | SACConfig, scale, jitter: float, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+# %% ../nbs/09_train.ipynb #0c5d5ba9
+def source_batch(run: Run, stage: str, batch: dict, step: int, slots: range, c: ABNConfig | SACConfig, scale, jitter: float,
+                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
     "Augmented, normalised images (B, 3, h, w) of one step, and labels (B, h, w) where the batch has them."
     labels = batch.get("label", [None] * len(slots))
     pairs = [source_view(x.to(run.device), y if y is None else y.to(run.device), generator(run.cfg.seed, stage, step, slot), c.crop,
@@ -143,8 +148,8 @@ def target_batch(run: Run, batch: dict, step: int, share: Share) -> Views:
     views, boxes, flips = zip(*[target_views(x.to(run.device), generator(*key, slot), c.crop, c.num_crops, c.view_scale, c.joint_scale)
                                 for x, slot in zip(batch["image"], share.slots)])
     mine = range(c.num_crops + 1)[share.mine]
-    noisy = [torch.stack([photometric_noise(group[t], generator(*key, slot, t), sigma=(.1, c.blur)) for t in mine])
-             for group, slot in zip(views, share.slots)]
+    noise = lambda view, slot, t: photometric_noise(view, generator(*key, slot, t), sigma=(.1, c.blur)) if c.noise else view
+    noisy = [torch.stack([noise(group[t], slot, t) for t in mine]) for group, slot in zip(views, share.slots)]
     boxes, flips = torch.stack(boxes), torch.stack(flips)                   # (B, T, 4), (B, T)
     theta = crop_theta(*boxes.unbind(-1), c.crop, flips).to(run.device)     # (B, T, 2, 3)
     return Views(normalize(torch.stack(views)[:, share.mine]), normalize(torch.stack(noisy)), theta, share.mine)
@@ -205,12 +210,13 @@ def seed_dropout(run: Run, stage: str, step: int) -> None:
     "Seed the global generators, from which dropout draws, by the step and the process."
     torch.manual_seed(seed_of(run.cfg.seed, stage, "dropout", step, run.accelerator.process_index))
 
-# %% ../nbs/09_train.ipynb #33449a17
+# %% ../nbs/09_train.ipynb #76d9e0c4
 def supervised_steps(run: Run, stage: str, model, optimizer, labelled: SegmentationDataset, target: SegmentationDataset | None, mean, std):
     "`start -> losses of each step` of training on `labelled`, with batch norm adapted to `target` where given (section 3.4)."
     c = run.cfg.abn
     P, slots = run.accelerator.num_processes, run.share(c.source_batch, "abn.source-batch").slots
-    target_slots = range(c.target_batch) if c.target_batch % P else run.share(c.target_batch, "abn.target-batch").slots    # all or a part: the statistics are the same
+    target_slots = range(c.target_batch)                                    # all or a part: the statistics are the same
+    if c.target_batch % P == 0: target_slots = run.share(c.target_batch, "abn.target-batch").slots
     def losses(start):
         labelled_batches = batches(run, labelled, start, c.steps, slots, walk(run, stage, labelled, c.source_batch))
         others = batches(run, target, start, c.steps, target_slots, walk(run, f"{stage} target", target, c.target_batch)) if target else None
@@ -245,7 +251,7 @@ def target_frequencies(run: Run, model, dataset: SegmentationDataset) -> torch.T
     run.accelerator.wait_for_everyone()
     return load_file(path)["frequency"]
 
-# %% ../nbs/09_train.ipynb #d112d1fe
+# %% ../nbs/09_train.ipynb #f082a4f8
 def sac_steps(run: Run, model, network, teacher: MomentumNetwork, prior: ClassPrior, optimizer, data: dict, weights: torch.Tensor):
     "`start -> losses of each step` of the joint stage (sections 3.3 and 3.4); `network` is the bare one inside `model`."
     c, d, acc = run.cfg.sac, run.cfg.data, run.accelerator
@@ -263,7 +269,9 @@ def sac_steps(run: Run, model, network, teacher: MomentumNetwork, prior: ClassPr
             views = target_batch(run, target, step, share)
             try: yield sac_step(model, teacher, prior, optimizer, images, labels, views, c.loss, acc.backward, lambda: acc.no_sync(model),
                                 run.reduce, gather, c.micro_batch)
-            except FloatingPointError as e: raise blame(run, "sac", step, e, f"{names_of(data['source'], source)}, {names_of(data['target'], target)}") from e
+            except FloatingPointError as e:
+                names = f"{names_of(data['source'], source)}, {names_of(data['target'], target)}"
+                raise blame(run, "sac", step, e, names) from e
     return losses
 
 # %% ../nbs/09_train.ipynb #455cb0ad
@@ -289,8 +297,8 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
         run.log(dict(event="warning", stage="sac", step=step, text=text))
         run.say(f"warning: sac, step {step}: {text}")
 
-# %% ../nbs/09_train.ipynb #5f0c5fc3
-MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}
+# %% ../nbs/09_train.ipynb #ec149b31
+MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}  # where a run keeps the network of each stage
 
 def finish(run: Run, stage: str, model, seconds: float) -> None:
     "Save a stage's network, note the time it took, and drop its checkpoints."
@@ -304,8 +312,19 @@ def finish(run: Run, stage: str, model, seconds: float) -> None:
 def load_stage(run: Run, stage: str) -> torch.nn.Module:
     "The network that a stage left in the run's folder."
     path = run.folder / MODEL_FOLDER[stage]
-    if not path.exists(): raise UserError(f"{path}: no such network; run the stage {stage} first, for example with --stages {stage} sac")
+    if not path.exists():
+        raise UserError(f"{path}: no such network; run the stage {stage} first, for example with --stages {stage} sac, or give --sac.start a network")
     return SegmentationModel.from_pretrained(path).to(run.device)
+
+def starting_network(run: Run, names) -> torch.nn.Module:
+    "The network that the joint stage starts from. Raises `UserError` where it has another architecture or other classes than the run."
+    start, arch = run.cfg.sac.start, run.cfg.arch
+    if start is None: return load_stage(run, "abn")
+    network = load_snapshot(start) if Path(start).suffix == ".pth" else SegmentationModel.from_pretrained(start)
+    if (network.arch, network.names) != (arch, tuple(names)):
+        raise UserError(f"--sac.start {start}: a {network.arch} of the classes {', '.join(network.names)}; "
+                        f"this run has {arch} and {', '.join(names)}")
+    return network.to(run.device)
 
 def train_supervised(run: Run, stage: str, data: dict):
     "The stages source, abn and oracle: a network from its first weights, trained on labels; and the seconds that it took."
@@ -324,12 +343,13 @@ def train_supervised(run: Run, stage: str, data: dict):
     return network, seconds
 
 def train_sac(run: Run, data: dict):
-    "The joint stage, from the network that ABN pretraining left; the network and the seconds that it took."
+    "The joint stage; the network and the seconds that it took."
     c, acc = run.cfg.sac, run.accelerator
     acc.free_memory()                                                       # what is left of pretraining
-    network = fold_bn(freeze_bn(load_stage(run, "abn")))
+    network = fold_bn(freeze_bn(starting_network(run, data["source"].names)))
     weights = sampling_weights(target_frequencies(run, network, data["target"]), c.uniform, absent_classes(run.cfg.data.source))
-    momentum = MomentumNetwork(network, c.gamma_psi).to(run.device, memory_format=torch.channels_last if run.cfg.channels_last else torch.preserve_format)
+    layout = torch.channels_last if run.cfg.channels_last else torch.preserve_format
+    momentum = MomentumNetwork(network, c.gamma_psi).to(run.device, memory_format=layout)
     teacher = acc.prepare_model(momentum, evaluation_mode=True)
     prior = ClassPrior(network.num_classes, c.gamma_chi, c.loss.beta).to(run.device)
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
@@ -343,8 +363,8 @@ def train_sac(run: Run, data: dict):
         with written_aside(run.folder / "momentum") as tmp: momentum.model.save_pretrained(tmp)
     return network, seconds
 
-# %% ../nbs/09_train.ipynb #c0342713
-TITLES = {"source": "source only", "abn": "ABN", "sac": "SAC", "oracle": "oracle"}
+# %% ../nbs/09_train.ipynb #e5f31cf6
+TITLES = {"source": "source only", "abn": "ABN", "sac": "SAC", "oracle": "oracle"}  # of the stages, in tables and figures
 
 def results(run: Run) -> dict[str, dict]:
     "The last evaluation of each stage's student, by title."
@@ -370,7 +390,7 @@ def result_table(run: Run) -> str:
     cell = lambda x: x if isinstance(x, str) else "-" if x is None else f"{x:.1f}"
     return "\n".join(f"{first:14}" + "".join(f"{cell(x):>12}" for x in rest) for first, *rest in result_rows(run))
 
-# %% ../nbs/09_train.ipynb #eb5c4465
+# %% ../nbs/09_train.ipynb #34f36023
 def save_figure(run: Run, name: str) -> None:
     "Save the current figure to the run's folder."
     (run.folder / "figures").mkdir(exist_ok=True)
@@ -427,7 +447,8 @@ def figure_of_views(run: Run, teacher, prior: ClassPrior, target: SegmentationDa
     plain = lambda x: (x.cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]).clamp(0, 1)
     panels = [p for t in range(len(labels)) for p in (plain(views.clean[0, t]), plain(views.noisy[0, t]), fused[0, t].argmax(0).cpu(),
                                                       confidence[t], labels[t].cpu())]
-    show(*panels, titles=("for the momentum network", "for the student", "fused prediction", "confidence", "pseudo labels"), ncols=5, width=2.3, vmax=1, names=names)
+    titles = ("for the momentum network", "for the student", "fused prediction", "confidence", "pseudo labels")
+    show(*panels, titles=titles, ncols=5, width=2.3, vmax=1, names=names)
     class_legend(range(len(names)), names)
     plt.gcf().canvas.draw()
     drawn = torch.from_numpy(np.asarray(plt.gcf().canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)[None]
@@ -435,7 +456,8 @@ def figure_of_views(run: Run, teacher, prior: ClassPrior, target: SegmentationDa
         if hasattr(tracker, "log_images"): tracker.log_images({"sac/views": drawn}, step=run.steps_before + step)
     save_figure(run, f"views_{step:07d}")
 
-# %% ../nbs/09_train.ipynb #16d9b454
+# %% ../nbs/09_train.ipynb #b95f22af
+# the report, with places for its parts in braces
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 :root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }}
 img {{ width: 100%; background: white; border-radius: 4px }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
@@ -443,21 +465,25 @@ td, th {{ padding: .1rem .8rem; text-align: right }} td:first-child, th:first-ch
 figcaption {{ font-size: .9rem; opacity: .8 }} figure {{ margin: 1.5rem 0 }} pre {{ font-size: .8rem; overflow-x: auto }}</style></head><body>
 <h1>{title}</h1><p>{lead}</p>{warned}{table}{figures}<details><summary>Configuration</summary><pre>{config}</pre></details></body></html>
 """
-CAPTIONS = {"classes": "Intersection over union by class, on the target's validation split.",
-            "examples": "Images of the target, with their labels where there are any, and the networks' predictions.",
-            "curves": "Losses; share of target pixels that received a pseudo label; mIoU of the segmentation and the momentum network during the joint stage.",
-            "views_*": "A group of views of one training image at the last evaluation: the image as the momentum network and as the student see it, fused prediction, confidence, and pseudo labels (black: none)."}
+CAPTIONS = {  # of the figures in the report, by the name of the file
+    "classes": "Intersection over union by class, on the target's validation split.",
+    "examples": "Images of the target, with their labels where there are any, and the networks' predictions.",
+    "curves": "Losses; share of target pixels that received a pseudo label; mIoU of the segmentation and the momentum network during the joint stage.",
+    "views_*": "A group of views of one training image at the last evaluation: the image as the momentum network and as the student see it, "
+               "fused prediction, confidence, and pseudo labels (black: none)."}
 
 def html_table(run: Run) -> str:
     "The table of results as HTML."
     cell = lambda x: f"<td>{'–' if x is None else f'{x:.1f}'}</td>"
     head, *rows = result_rows(run)
-    lines = [f"<tr{' class=mean' * (name in means_of(run.cfg))}><td>{html.escape(name)}</td>{''.join(map(cell, values))}</tr>" for name, *values in rows]
+    start = lambda name: f"<tr{' class=mean' * (name in means_of(run.cfg))}><td>{html.escape(name)}</td>"
+    lines = [f"{start(name)}{''.join(map(cell, values))}</tr>" for name, *values in rows]
     return f"<table><tr>{''.join(f'<th>{t}</th>' for t in head)}</tr>{''.join(lines)}</table>"
 
 def html_figure(path: Path, caption: str) -> str:
     "A picture, held by the page itself."
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{caption}</figcaption></figure>'
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 def write_report(run: Run) -> Path:
     "Draw curves and classes, and write report.html, which needs no other file."
@@ -470,12 +496,12 @@ def write_report(run: Run) -> Path:
     scores = ", ".join(f"{t} {r['miou']:.1f}" for t, r in results(run).items()) or "no evaluation yet"
     lead = f"mIoU in % on the target's validation split: {scores}. Training took {minutes:.1f} minutes."
     warned = "".join(f"<p class=warning>Step {r['step']} of the joint stage: {html.escape(r['text'])}.</p>" for r in run.rows(event="warning"))
-    page = PAGE.format(title=f"SAC: {html.escape(run.cfg.name)}", lead=lead, warned=warned, table=html_table(run) if results(run) else "", figures=figures,
-                       config=html.escape(json.dumps(asdict(run.cfg), indent=1)))
+    page = PAGE.format(title=f"SAC: {html.escape(run.cfg.name)}", lead=lead, warned=warned, figures=figures,
+                       table=html_table(run) if results(run) else "", config=html.escape(json.dumps(asdict(run.cfg), indent=1)))
     with written_aside(run.folder / "report.html") as tmp: tmp.write_text(page)
     return run.folder / "report.html"
 
-# %% ../nbs/09_train.ipynb #9b10158f
+# %% ../nbs/09_train.ipynb #08541f94
 def check_shares(run: Run) -> None:
     "Raise `UserError`, with the numbers of processes that would work for all stages, where a batch cannot be shared out."
     c, P = run.cfg, run.accelerator.num_processes
@@ -501,6 +527,8 @@ def train(cfg: Config) -> Run:
     with alone(Path(cfg.runs) / cfg.name) if accelerator.is_main_process else nullcontext():
         run = open_run(cfg, accelerator)
         check_shares(run)
+        if cfg.sac.start and "abn" in cfg.stages:
+            raise UserError("--sac.start: the joint stage would not use the ABN pretraining of this run; give --stages sac, too")
         data = open_data(run)
         use_style()
         with run.stop:
@@ -511,20 +539,16 @@ def train(cfg: Config) -> Run:
     accelerator.end_training()
     return run
 
-# %% ../nbs/09_train.ipynb #a18e4318
+# %% ../nbs/09_train.ipynb #570adfd1
 def report(path: str) -> Path:
     "Write the report of a run from its log and figures. Raises `UserError` where the folder holds no run."
     use_style()
     return write_report(Run(load_config(Path(path)), None, Path(path)))
 
-def main(argv: list[str] | None = None) -> None:
-    "The command line: `python -m sac_lit.train [preset] [--field value ...]` or `report <run>`; exit status 2 for what the user can mend."
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"): argv = ["toy", *argv]
-    try:
-        if argv[0] == "report" and len(argv) == 2: return print(f"report: {report(argv[1])}")
-        train(tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m sac_lit.train", description=
-              "Train a segmentation network on a labelled source and adapt it to a target with SAC. `report FOLDER` in place of a preset redraws a run's report."))
+@contextmanager
+def ending_in_a_line():
+    "Around a command that trains: what the user can mend (exit status 2) or has asked for (143, 130) is said in a line, without a traceback."
+    try: yield
     except UserError as e: problem, status = f"error: {e}", 2
     except OSError as e: problem, status = f"error: {e.filename or 'a file'}: {e.strerror or e}; what was saved before is kept", 2
     except Stopped as e: problem, status = f"stopped as asked ({e}); the same command continues from there", 143
@@ -532,6 +556,16 @@ def main(argv: list[str] | None = None) -> None:
     else: return
     print(problem, file=sys.stderr)
     sys.exit(status)
+
+def main(argv: list[str] | None = None) -> None:
+    "The command line: `python -m sac_lit.train [preset] [--field value ...]` or `report <run>`; exit status 2 for what the user can mend."
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"): argv = ["toy", *argv]
+    with ending_in_a_line():
+        if argv[0] == "report" and len(argv) == 2: return print(f"report: {report(argv[1])}")
+        train(tyro.extras.overridable_config_cli(PRESETS, args=argv, prog="python -m sac_lit.train", description=
+              "Train a segmentation network on a labelled source and adapt it to a target with SAC. "
+              "`report FOLDER` in place of a preset redraws a run's report."))
 
 # %% ../nbs/09_train.ipynb #ee87f44f
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -3,9 +3,12 @@ import copy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jobs import log, train, weights
 
 from sac_lit.abn_pretraining import abn_step, freeze_bn
@@ -13,11 +16,12 @@ from sac_lit.core import generator
 from sac_lit.crop_fusion import crop_theta
 from sac_lit.datasets import normalize, photometric_noise, source_view, target_views
 from sac_lit.deeplabv2 import build_model, param_groups
-from sac_lit.ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision
+from sac_lit.ema_training import MomentumNetwork, SelfSupervision, Views, pseudo_supervision, sac_step
 from sac_lit.focal_loss import focal_loss
 from sac_lit.moving_threshold import ClassPrior
-from sac_lit.runs import recompute
+from sac_lit.runs import Run, Share, load_config, recompute
 from sac_lit.toy_city import render
+from sac_lit.train import target_batch
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,38 @@ def test_switch(plain, name, args, most):
 def test_precision_belongs_to_the_configuration(plain):
     done = train(plain, "--name", "plain", "--mixed-precision", "bf16")
     assert done.returncode == 2 and "mixed_precision no there, bf16 here" in done.stderr
+
+
+def test_views_without_noise(plain):
+    "The student then sees what the teacher sees; the noise, where it is on, is not weak."
+    cfg = load_config(plain / "runs" / "plain")
+    image = render("target", "train", 0, (32, 64))[0][None]
+    gap = {}
+    for noise in (True, False):
+        run = Run(replace(cfg, sac=replace(cfg.sac, noise=noise)), SimpleNamespace(device=torch.device("cpu")), None)
+        views = [target_batch(run, {"image": image}, step, Share(range(1))) for step in range(4)]
+        gap[noise] = max((v.clean - v.noisy).abs().max().item() for v in views)
+    assert gap[False] == 0 and gap[True] > .5
+
+
+@pytest.mark.parametrize("confidence", ["pixel", "batch", "none"])
+def test_what_weights_the_target_loss(confidence):
+    torch.manual_seed(0)
+    model, size = freeze_bn(build_model("deeplabv2_tiny", 5)), (32, 64)
+    clean, noisy = torch.randn(2, 1, 2, 3, *size)
+    views = Views(clean, noisy, crop_theta(torch.tensor([[0, 4]]), torch.tensor([[0, 8]]), torch.tensor([[32, 16]]), torch.tensor([[64, 32]]), size))
+    images, labels = torch.randn(1, 3, *size), torch.randint(5, (1, *size))
+    teacher, hp = MomentumNetwork(model), SelfSupervision(confidence=confidence, zeta=.5)
+    prior, optimizer = ClassPrior(5), torch.optim.SGD(model.parameters(), lr=0.)
+    found = sac_step(model, teacher, prior, optimizer, images, labels, views, hp)["loss_target"]
+    again = ClassPrior(5)
+    pseudo, m = pseudo_supervision(teacher, again, views, hp)
+    weight = {"pixel": m, "batch": m.mean(0, keepdim=True).expand_as(m), "none": torch.ones(m.shape)}[confidence]
+    with torch.no_grad():
+        ce = F.cross_entropy(F.interpolate(model(noisy[0]), size, mode="bilinear", align_corners=True), pseudo, ignore_index=255, reduction="none")
+    slow = (weight * (1 - again.chi)[pseudo.where(pseudo != 255, 0)] ** 3 * ce).mean()
+    assert (pseudo != 255).float().mean() > .1
+    torch.testing.assert_close(found, slow)
 
 
 @pytest.mark.slow

@@ -59,6 +59,18 @@ def test_accelerate_launch_and_workers_give_the_same_network(finished):
     assert same(weights(cwd), weights(cwd, "launched"))
 
 
+def test_joint_stage_from_a_network_that_is_there(finished):
+    "From a folder, or from a snapshot in the authors' layout: what the run makes that pretrained the network itself."
+    from sac_lit.deeplabv2 import SegmentationModel, save_snapshot
+    cwd, _ = finished
+    save_snapshot(cwd / "abn.pth", SegmentationModel.from_pretrained(cwd / "runs" / "toy" / "model_abn"))
+    for k, start in enumerate(("runs/toy/model_abn", "abn.pth")):
+        done = train(cwd, "--name", f"from{k}", "--stages", "sac", "--sac.start", start)
+        assert done.returncode == 0, done.stderr
+        assert same(weights(cwd), weights(cwd, f"from{k}"))
+        assert {r["stage"] for r in log(cwd, f"from{k}", event="evaluation")} == {"sac"}
+
+
 def test_a_cache_gives_the_same_network(finished):
     cwd, _ = finished
     for name in ("cached", "from_cache"):
@@ -92,6 +104,9 @@ def test_yardsticks(finished):
     (["--name", "e4", "--data.toy-seed", "5"], ["data/toy_city/source"]),
     (["--name", "e6", "--tracker", "pencil"], ["--tracker pencil"]),
     (["--name", "e7", "--mixed-precision", "fp16"], ["--mixed-precision fp16", "GPU"]),
+    (["--name", "e8", "--sac.start", "runs/toy/model_abn"], ["--sac.start", "--stages sac"]),
+    (["--name", "e9", "--stages", "sac", "--sac.start", "runs/toy"], ["runs/toy", "config.json"]),
+    (["--name", "e10", "--stages", "sac", "--sac.start", "runs/toy/model_abn", "--arch", "deeplabv2_vgg16"], ["--sac.start runs/toy/model_abn", "deeplabv2_tiny", "deeplabv2_vgg16"]),
     (["--name", "e5", "--stages", "abn", "--abn.lr", "1e30"], ["runs/e5", "step 2", "nan", "--abn.lr", "images/"]),
 ])
 def test_bad_input_is_one_sentence(finished, args, words):

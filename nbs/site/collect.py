@@ -16,18 +16,11 @@ from PIL import Image
 from sac_lit.core import NAMES
 from sac_lit.datasets import cityscapes, normalize
 from sac_lit.deeplabv2 import SegmentationModel, upsample
+from sac_lit.experiments import scores
 from sac_lit.runs import DataConfig, load_config
 
 OUT = Path(__file__).parents[1] / "results"
 FOLDERS = {"abn": "model_abn", "sac": "model"}
-
-
-def last_scores(folder: Path) -> dict:
-    "{stage: {network: {miou, iou}}}: the last evaluation of each stage."
-    scores = {}
-    for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
-        if row["event"] == "evaluation": scores.setdefault(row["stage"], {})[row["network"]] = {"miou": row["miou"], "iou": row["iou"]}
-    return scores
 
 
 @torch.no_grad()
@@ -39,7 +32,7 @@ def predictions(folder: Path, image: torch.Tensor) -> list[torch.Tensor]:
 
 def main(name: str, *folders: str) -> None:
     configs = [load_config(Path(f)) for f in folders]
-    result = {"classes": NAMES, "runs": [{"name": c.name, "seed": c.seed, **last_scores(Path(f))} for c, f in zip(configs, folders)]}
+    result = {"classes": NAMES, "runs": [{"name": c.name, "seed": c.seed, **scores(f)} for c, f in zip(configs, folders)]}
     OUT.mkdir(exist_ok=True)
     (OUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if name == "toy": save_example(Path(folders[0]), configs[0].data)
