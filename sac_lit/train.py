@@ -297,7 +297,7 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
         run.log(dict(event="warning", stage="sac", step=step, text=text))
         run.say(f"warning: sac, step {step}: {text}")
 
-# %% ../nbs/09_train.ipynb #ec149b31
+# %% ../nbs/09_train.ipynb #a7c83a66
 MODEL_FOLDER = {"source": "model_source", "abn": "model_abn", "sac": "model", "oracle": "model_oracle"}  # where a run keeps the network of each stage
 
 def finish(run: Run, stage: str, model, seconds: float) -> None:
@@ -321,9 +321,8 @@ def starting_network(run: Run, names) -> torch.nn.Module:
     start, arch = run.cfg.sac.start, run.cfg.arch
     if start is None: return load_stage(run, "abn")
     network = load_snapshot(start) if Path(start).suffix == ".pth" else SegmentationModel.from_pretrained(start)
-    if (network.arch, network.names) != (arch, tuple(names)):
-        raise UserError(f"--sac.start {start}: a {network.arch} of the classes {', '.join(network.names)}; "
-                        f"this run has {arch} and {', '.join(names)}")
+    for what, there, here in (("architecture", network.arch, arch), ("classes", ", ".join(network.names), ", ".join(names))):
+        if there != here: raise UserError(f"--sac.start {start}: not the {what} of this run: {there} there, {here} here")
     return network.to(run.device)
 
 def train_supervised(run: Run, stage: str, data: dict):
