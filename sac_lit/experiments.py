@@ -18,8 +18,9 @@ import tyro
 from .runs import Config, written_aside
 from .train import MODEL_FOLDER, TOY, ending_in_a_line, train
 
-# %% ../nbs/11_experiments.ipynb #a27e8fd2
-STUDY = replace(TOY, name="study", eval_every=0, sac=replace(TOY.sac, steps=500))    # what every setting starts from: half the steps of the preset toy
+# %% ../nbs/11_experiments.ipynb #dfbb6dea
+# what every setting starts from: the preset toy with half the steps
+STUDY = replace(TOY, name="study", eval_every=0, sac=replace(TOY.sac, steps=500))
 
 STUDIES = {  # {study: {title: options}}
     "ablation": {
@@ -50,56 +51,62 @@ def variant(base: Config,
     base = replace(base, name=name, seed=seed, stages=("sac",), sac=replace(base.sac, start=str(start)))
     return tyro.cli(Config, args=options.split(), default=base)
 
-# %% ../nbs/11_experiments.ipynb #2e6d6f66
+# %% ../nbs/11_experiments.ipynb #d2ad41d3
 def scores(folder: str | Path) -> dict:
     "`{stage: {network: {miou, iou}}}`, in per cent: the last evaluation of each stage in a run's log."
     found = {}
     for row in map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines()):
-        if row["event"] == "evaluation": found.setdefault(row["stage"], {})[row["network"]] = {k: row[k] for k in ("miou", "iou")}
+        if row["event"] == "evaluation":
+            found.setdefault(row["stage"], {})[row["network"]] = {k: row[k] for k in ("miou", "iou")}
     return found
 
-# %% ../nbs/11_experiments.ipynb #b91e3c88
+# %% ../nbs/11_experiments.ipynb #0ddcc4a1
 def run_study(study: dict[str, str],  # {title: options}
               seeds=(0, 1, 2),
               base: Config = STUDY,
-             ) -> list[dict]:  # a row for each seed and setting: title, options, seed, mIoU of the student before (abn) and after (sac), IoU of each class after
-    "Train what is not trained yet: ABN pretraining once for each seed, and from it the joint stage of every setting."
+             ) -> list[dict]:
+    """Train what is not trained yet: ABN pretraining once for each seed, from it the joint stage of every setting.
+
+    A row for each seed and setting: title, options, seed, the student's mIoU before (abn) and after (sac), and
+    its IoU of each class after (iou), in per cent."""
     folder, rows = lambda cfg: Path(cfg.runs) / cfg.name, []
     for seed in seeds:
         first = replace(base, name=f"{base.name}_seed{seed}", seed=seed, stages=("abn",))
         for cfg in (first, *(variant(base, seed, options) for options in study.values())):
-            if not (folder(cfg) / "report.html").exists(): train(cfg)           # the last thing that a run writes
+            if not (folder(cfg) / "report.html").exists(): train(cfg)   # the last thing that a run writes
         before = scores(folder(first))["abn"]["student"]["miou"]
         for title, options in study.items():
             after = scores(folder(variant(base, seed, options)))["sac"]["student"]
-            rows.append({"title": title, "options": options, "seed": seed, "abn": before, "sac": after["miou"], "iou": after["iou"]})
+            rows.append({"title": title, "options": options, "seed": seed,
+                         "abn": before, "sac": after["miou"], "iou": after["iou"]})
     return rows
 
-# %% ../nbs/11_experiments.ipynb #2f77694b
+# %% ../nbs/11_experiments.ipynb #dacff7ec
 def summary(rows: list[dict]) -> pd.DataFrame:  # a line for each setting
-    "Mean mIoU, its standard deviation over the seeds, and the same of the differences to the setting without options, taken seed by seed."
+    "Mean and standard deviation over the seeds: of the mIoU, and of its difference to the setting without options."
     frame = pd.DataFrame(rows)
     titles, full = frame["title"].unique(), frame.loc[frame["options"] == "", "title"].iloc[0]
-    miou = frame.pivot(index="title", columns="seed", values="sac").loc[titles]             # (settings, seeds)
+    miou = frame.pivot(index="title", columns="seed", values="sac").loc[titles]     # (settings, seeds)
     paired = miou - miou.loc[full]
-    return pd.DataFrame({"mIoU": miou.mean(axis=1), "std": miou.std(axis=1), "difference": paired.mean(axis=1), "its std": paired.std(axis=1)})
+    return pd.DataFrame({"mIoU": miou.mean(axis=1), "std": miou.std(axis=1),
+                         "difference": paired.mean(axis=1), "its std": paired.std(axis=1)}).rename_axis(None)
 
-# %% ../nbs/11_experiments.ipynb #2469decc
+# %% ../nbs/11_experiments.ipynb #026d1db0
 @dataclass(frozen=True)
 class Arguments:
-    "Train the settings of a study on the toy city, from one pretraining a seed, and keep the results. What is there already is not trained again."
+    "Train the settings of a study on the toy city and keep the results. What is there already is not trained again."
     study: tyro.conf.Positional[Literal["ablation", "zeta", "beta"]]  # what is varied
     seeds: tuple[int, ...] = (0, 1, 2)  # repetitions; several commands with a seed each may run side by side
     out: Path | None = None  # JSON file of the results; None: runs/STUDY.json
 
 def main(argv: list[str] | None = None) -> None:
-    "The command line: `python -m sac_lit.experiments ablation|zeta|beta`; exit status 2 for what the user can mend."
+    "The command line: `python -m sac_lit.experiments STUDY`; exit status 2 for what the user can mend."
     args = tyro.cli(Arguments, args=argv, prog="python -m sac_lit.experiments")
     with ending_in_a_line():
         rows = run_study(STUDIES[args.study], args.seeds, STUDY)
         out = args.out or Path(STUDY.runs) / f"{args.study}.json"
         with written_aside(out) as tmp: tmp.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-        print(f"{summary(rows).to_string(float_format='%.1f'.__mod__)}\n\n{out}")
+        print(summary(rows).to_string(float_format="{:z.1f}".format), out, sep="\n\n")
 
 # %% ../nbs/11_experiments.ipynb #0f782f18
 if __name__ == "__main__" and "__file__" in globals(): main()
