@@ -81,7 +81,7 @@ def colors_of(names) -> tuple[tuple[int, int, int], ...]:
         taken.append(colors[i])
     return tuple(colors)
 
-# %% ../nbs/00_core.ipynb #65da0623
+# %% ../nbs/00_core.ipynb #9951da42
 def use_style() -> None:
     "The look of all figures: quiet, legible in print, with a palette that colour-blind readers can tell apart."
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=.8,
@@ -116,11 +116,12 @@ def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of int
     for ax, x, title in zip(axes.flat, panels, [*titles, *[""] * len(panels)]):
         x = torch.as_tensor(x).detach().cpu()
         if x.ndim == 3:
-            ax.imshow(x.permute(1, 2, 0) if x.dtype == torch.uint8 else x.permute(1, 2, 0).clamp(0, 1))
+            x = x.permute(1, 2, 0)
+            ax.imshow((x if x.dtype == torch.uint8 else x.clamp(0, 1)).numpy())
         elif x.dtype == torch.bool:
-            ax.imshow(x, cmap="gray", vmin=0, vmax=1)
+            ax.imshow(x.numpy(), cmap="gray", vmin=0, vmax=1)
         elif x.is_floating_point():
-            fig.colorbar(ax.imshow(x, cmap="viridis", vmin=vmin, vmax=vmax), ax=ax, shrink=.8)
+            fig.colorbar(ax.imshow(x.numpy(), cmap="viridis", vmin=vmin, vmax=vmax), ax=ax, shrink=.8)
         else:
             ax.imshow(colorize(x, colors_of(names)))
         ax.set_title(title)
