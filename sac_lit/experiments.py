@@ -18,9 +18,9 @@ import tyro
 from .runs import Config, written_aside
 from .train import MODEL_FOLDER, TOY, ending_in_a_line, train
 
-# %% ../nbs/11_experiments.ipynb #4928ad8f
-STUDY = replace(  # what every setting starts from: the preset toy with half the steps
-    TOY, name="study", eval_every=0, sac=replace(TOY.sac, steps=500))
+# %% ../nbs/11_experiments.ipynb #887eb263
+STUDY = replace(  # what every setting starts from: the preset toy, shorter and with a faster teacher
+    TOY, name="study", eval_every=0, sac=replace(TOY.sac, steps=500, period=1))
 
 STUDIES = {  # {study: {title: options}}
     "ablation": {

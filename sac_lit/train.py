@@ -42,17 +42,17 @@ from .runs import (ABNConfig, Config, DataConfig, OptimConfig, Run, SACConfig, S
                           names_of, open_run, patient, recompute, remove, run_stage, share_out, start_accelerator, walk, written_aside)
 from .toy_city import write_dataset
 
-# %% ../nbs/09_train.ipynb #7ee72f07
+# %% ../nbs/09_train.ipynb #0263555e
 TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed
     source="gta5", source_root="data/toy_city/source", target_root="data/toy_city/target", source_size=None, target_size=None,
     workers=0, toy=True, toy_size=(96, 192))
 TOY = Config(  # the preset `toy`
     name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA, log_every=25, eval_every=250, checkpoint_every=250,
     abn=ABNConfig(optimizer="adam", lr=3e-3, schedule="poly", steps=800, source_batch=8, target_batch=8, crop=(96, 192), scale=(1., 2.), jitter=0.),
-    sac=SACConfig(optimizer="adam", lr=5e-4, schedule="poly", steps=1000, source_batch=4, crop=(96, 192), source_scale=(1., 2.), blur=.4, period=1,
+    sac=SACConfig(optimizer="adam", lr=5e-4, schedule="poly", steps=1000, source_batch=4, crop=(96, 192), source_scale=(1., 2.), blur=.4, period=4,
                   loss=SelfSupervision(zeta=.75, beta=1e-2, floor=.2, target_weight=2.)))
 TOY_LONG = replace(  # the preset `toy_long`
-    TOY, name="toy_long", eval_every=500, checkpoint_every=500, sac=replace(TOY.sac, steps=5000, period=4, source_scale=(.7, 1.7)))
+    TOY, name="toy_long", eval_every=500, checkpoint_every=500, sac=replace(TOY.sac, steps=5000, source_scale=(.7, 1.7)))
 
 def paper(source: str, arch: str, **lr) -> Config:
     "The settings of a released model."
@@ -76,7 +76,7 @@ FOLDER_CPU = replace(  # the preset `folder_cpu`
 
 PRESETS = {  # description and configuration of every preset, by name
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
-    "toy_long": ("The toy city with five times the SAC steps, a slower momentum network and smaller scales of the source.", TOY_LONG),
+    "toy_long": ("The toy city with five times the SAC steps and smaller scales of the source.", TOY_LONG),
     "gta5_resnet101": ("GTA5 to Cityscapes, DeepLabv2 on ResNet-101.", paper("gta5", "deeplabv2_resnet101")),
     "gta5_vgg16": ("GTA5 to Cityscapes, DeepLabv2 on VGG-16.", paper("gta5", "deeplabv2_vgg16")),
     "gta5_fcn8s": ("GTA5 to Cityscapes, FCN-8s on VGG-16.", paper("gta5", "fcn8s_vgg16", lr=5e-4)),
