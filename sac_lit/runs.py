@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'DataConfig', 'OptimConfig', 'ABNConfig', 'SACConfig', 'Config', 'flush', 'remove', 'written_aside', 'Stopped',
-           'StopSignal', 'Share', 'share_out', 'Run', 'settings', 'differences', 'rebuild', 'load_config',
+           'StopSignal', 'Share', 'share_out', 'Run', 'settings', 'differences', 'rebuild', 'load_config', 'check_same',
            'start_accelerator', 'alone', 'open_run', 'walk', 'patient', 'batches', 'names_of', 'blame', 'Progress',
            'versions', 'checkpoints', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'run_stage',
            'log_losses', 'forget_after', 'still', 'recomputed', 'recompute']
@@ -269,7 +269,7 @@ class Run:
         "Print on the main process."
         self.accelerator.print(text, flush=True)
 
-# %% ../nbs/08a_runs.ipynb #7b6f5007
+# %% ../nbs/08a_runs.ipynb #15850326
 FREE = {  # settings that do not decide the results, and may change when a run goes on
     "runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full", "recompute", "tracker", "stages",
     "data.workers", "data.timeout", "data.cache"}
@@ -300,7 +300,12 @@ def load_config(folder: Path) -> Config:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); give the folder of a run, such as runs/toy") from e
 
-# %% ../nbs/08a_runs.ipynb #bce9cb88
+def check_same(folder: Path, cfg: Config) -> None:
+    "Raises `UserError` where the run in a folder has another configuration, but for what does not decide the results."
+    if other := differences(settings(load_config(folder)), settings(cfg)):
+        raise UserError(f"{folder} holds a run of another configuration ({other}); give another --name, or --fresh to start over")
+
+# %% ../nbs/08a_runs.ipynb #d5e3de49
 def start_accelerator(cfg: Config) -> Accelerator:
     "Accelerate with the precision, the compiler and the tracker that the configuration asks for. Raises `UserError` for what this machine lacks."
     if cfg.tracker and cfg.tracker not in (there := [*map(str, get_available_trackers())]):
@@ -338,8 +343,7 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
         if cfg.fresh and path.exists():
             for p in {*run.folder.iterdir()} - {path}: remove(p)
             remove(path)                                                    # last: as long as it is there, the folder is a run
-        if path.exists() and (other := differences(settings(load_config(run.folder)), settings(cfg))):
-            raise UserError(f"{run.folder} holds a run of another configuration ({other}); give another --name, or --fresh to start over")
+        if path.exists(): check_same(run.folder, cfg)
         for left in list(run.folder.rglob("*.tmp")): remove(left)
         with written_aside(path) as tmp: tmp.write_text(json.dumps({"config": dataclasses.asdict(cfg)}, indent=1))
     accelerator.wait_for_everyone()

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 import sac_lit.experiments as experiments
+from sac_lit.runs import remove
+from sac_lit.train import MODEL_FOLDER
 
 
 @pytest.fixture
@@ -37,6 +39,34 @@ def test_a_broken_run_is_one_sentence(small, capsys):
     with pytest.raises(SystemExit) as end: experiments.main(["ablation", "--seeds", "0"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: runs/study_seed0") and len(error.strip().splitlines()) == 1
+
+
+def test_a_run_of_other_settings_is_not_taken_for_a_result(small, capsys, monkeypatch):
+    experiments.main(["ablation", "--seeds", "0"])
+    monkeypatch.setattr(experiments, "STUDY", replace(experiments.STUDY, sac=replace(experiments.STUDY.sac, period=2)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end: experiments.main(["ablation", "--seeds", "0"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: runs/study_seed0 holds a run of another configuration (sac.period 1 there, 2 here)")
+
+
+def test_a_report_of_a_run_that_was_cut_off_is_not_its_end(small):
+    experiments.main(["ablation", "--seeds", "0"])
+    folder = small / "runs" / "study_seed0_sac"
+    remove(folder / MODEL_FOLDER["sac"])  # as `report FOLDER` leaves a run that goes on
+    made = {r["title"]: r["sac"] for r in json.loads((small / "runs" / "ablation.json").read_text())}
+    with open(folder / "log.jsonl", "a") as log: log.write('{"event": "evaluation", "st')
+    experiments.main(["ablation", "--seeds", "0"])
+    assert (folder / MODEL_FOLDER["sac"]).exists()
+    assert {r["title"]: r["sac"] for r in json.loads((small / "runs" / "ablation.json").read_text())} == made
+
+
+@pytest.mark.parametrize("wrong", [["--seeds"], ["--seeds", "0", "0"], ["--out", "."]])
+def test_what_cannot_work_is_refused_before_training(small, capsys, wrong):
+    with pytest.raises(SystemExit) as end: experiments.main(["ablation", *wrong])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {wrong[0]}") and len(error.strip().splitlines()) == 1
+    assert [*small.iterdir()] == []
 
 
 def test_unknown_study(capsys):
