@@ -8,6 +8,11 @@ __all__ = ['Settings', 'Workload', 'Stopwatch', 'watching', 'matrix_rate', 'oper
            'bench', 'main']
 
 # %% ../nbs/12_performance.ipynb #2b6365be
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
 import json
 import os
 import platform
@@ -18,42 +23,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
 
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
-from .abn_pretraining import abn_step, fold_bn
 from .core import ConfusionMatrix, UserError, generator
-from .crop_fusion import crop_theta
-from .datasets import cached, gta5, normalize, open_rgb, photometric_noise, source_view, target_views
-from .deeplabv2 import ARCHS, build_model, most_likely, param_groups
-from .ema_training import MomentumNetwork, Views, sac_step
-from .moving_threshold import ClassPrior
-from .predict import predict
-from .runs import recompute
 from .toy_city import render
+from .datasets import open_dataset, open_rgb
+from .audit import cached
+from .views import normalize, photometric_noise, source_views, target_views
+from .deeplabv2 import ARCHS, build_model, param_groups
+from .abn_pretraining import abn_step
+from .crop_fusion import crop_theta
+from .moving_threshold import ClassPrior
+from .ema_training import MomentumNetwork, Views, sac_step
+from sac_lit.fast import (
+    FAST, checkpoint_gradients, fast_crop_and_resize, fast_predicted_classes, micro_batched,
+    speed_up)
+from .predict import predict
 
 # %% ../nbs/12_performance.ipynb #110c6583
 @dataclass(frozen=True)
 class Settings:
     "What to measure."
-    arch: Literal[tuple(ARCHS)] = "deeplabv2_resnet101"  # network
+    arch: Annotated[str, tyro.conf.arg(metavar="|".join(ARCHS))] = "deeplabv2_resnet101"  # network
     crop: tuple[int, int] = (128, 256)  # height and width of what the network sees
     source_batch: int = 2  # source images of a step
     groups: int = 1  # target images of a step
     num_crops: int = 3  # crops of each, beside the whole image
     precision: Literal["float32", "bf16", "fp16"] = "float32"  # of the networks
     channels_last: bool = False  # keep the networks' tensors with channels as the last dimension
-    recompute: bool = False  # gradient checkpointing
+    gradient_checkpointing: bool = False  # gradient checkpointing
     micro_batch: int = 0  # images in one pass of the network; 0: all
     compile: bool = False  # torch.compile
 
@@ -65,9 +70,9 @@ class Workload:
     def __init__(self, s: Settings, device: torch.device):
         torch.manual_seed(0)
         self.settings, self.device, self.prior = s, device, ClassPrior(19).to(device)
-        self.network = fold_bn(build_model(s.arch, 19)).to(device)
+        self.network = speed_up(build_model(s.arch, 19)).to(device)
         if s.channels_last: self.network.to(memory_format=torch.channels_last)
-        if s.recompute: recompute(self.network)
+        if s.gradient_checkpointing: checkpoint_gradients(self.network)
         self.teacher = MomentumNetwork(self.network)
         self.optimizer = torch.optim.SGD(param_groups(self.network, 1e-4, 5e-4), momentum=.9, fused=True)
         cast = torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision), enabled=s.precision != "float32")
@@ -76,17 +81,21 @@ class Workload:
         g, (h, w), T = torch.Generator().manual_seed(0), s.crop, s.num_crops + 1
         self.images = torch.randn(s.source_batch, 3, h, w, generator=g).to(device)
         self.labels = torch.randint(19, (s.source_batch, h, w), generator=g).to(device)
-        frame = torch.zeros(3, h, w, dtype=torch.uint8)
-        boxes, flips = (torch.stack(x) for x in list(zip(*(target_views(frame, g, s.crop, s.num_crops) for _ in range(s.groups))))[1:])
+        frames = torch.zeros(s.groups, 3, h, w, dtype=torch.uint8)
+        _, boxes, flips = target_views(frames, [g] * s.groups, s.crop, s.num_crops)
         clean, noise = torch.randn(2, s.groups, T, 3, h, w, generator=g).to(device)
         self.views = Views(clean, clean + .1 * noise, crop_theta(*boxes.unbind(-1), s.crop, flips).to(device))
 
-    def abn_step(self): abn_step(self.network, self.optimizer, self.images, self.labels, self.views.clean[:, 0])
+    def abn_step(self): abn_step(self.network, self.optimizer, self.images, self.labels, self.views.clean[:, 0], FAST.cross_entropy)
 
     def sac_step(self):
         self.teacher.update(self.network)
-        return sac_step(self.network, self.teacher, self.prior, self.optimizer, self.images, self.labels, self.views, backward=self.backward,
-                        micro_batch=self.settings.micro_batch)
+        return sac_step(self.network, self.teacher, self.prior, self.optimizer, self.images, self.labels, self.views, how=self.how())
+
+    def how(self):
+        passes, supervise, n = FAST.forward_backward, FAST.pseudo_supervision, self.settings.micro_batch
+        if n: passes, supervise = micro_batched(n), partial(supervise, micro_batch=n)
+        return replace(FAST, forward_backward=partial(passes, backward=lambda loss: self.backward(loss)), pseudo_supervision=supervise)
 
 # %% ../nbs/12_performance.ipynb #00833c99
 class Stopwatch:
@@ -162,7 +171,7 @@ def peak_memory(s: Settings, device: torch.device) -> int:
     "Bytes that a joint step needs at most, on a CPU beside the networks, on a GPU in all; measured in a process of its own."
     code = f"from sac_lit.bench import Settings, peak_here; print(peak_here(Settings(**{asdict(s)}), {device.type!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode: raise UserError(f"the step does not fit into memory ({' '.join(done.stderr.split())[-120:] or 'killed'}); take a smaller --crop, --micro-batch 1 or --recompute")
+    if done.returncode: raise UserError(f"the step does not fit into memory ({' '.join(done.stderr.split())[-120:] or 'killed'}); take a smaller --crop, --micro-batch 1 or --gradient-checkpointing")
     return int(done.stdout)
 
 # %% ../nbs/12_performance.ipynb #ceb3967e
@@ -191,18 +200,17 @@ def data_rates(device: torch.device, crop=(512, 1024), count: int = 2, seconds: 
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         noisy_files(root, count)
-        source, target = gta5(root, (1052, 1914)), gta5(root, crop)
-        target.labels = None
+        source, target = open_dataset("gta5", root, size=(1052, 1914)), open_dataset("gta5", root, False, size=crop)
         kept = {name: cached(d, root/"cache") for name, d in (("source", source), ("target", target))}
         image, label = (kept["source"][0][k].to(device) for k in ("image", "label"))
         frame = kept["target"][0]["image"].to(device)
         def group(k):
-            views, _, _ = target_views(frame, g, crop)
-            return normalize(torch.stack([photometric_noise(v, g) for v in views]))
+            views, _, _ = target_views(frame[None], [g], crop, resize=fast_crop_and_resize)
+            return normalize(photometric_noise(views[0], [g] * len(views[0])))
         stages = {"decode": lambda k: open_rgb(source.images[k % count]), "source, decoded and resized": lambda k: source[k % count],
                   "target, decoded and resized": lambda k: target[k % count], "source, from the cache": lambda k: kept["source"][k % count],
                   "target, from the cache": lambda k: kept["target"][k % count],
-                  "source, augmented": lambda k: normalize(source_view(image, label, g, crop)[0]), "group, augmented": group}
+                  "source, augmented": lambda k: normalize(source_views(image[None], label[None], [g], crop, resize=fast_crop_and_resize)[0]), "group, augmented": group}
         found = {name: rate(f, seconds) for name, f in stages.items()}
     torch.set_num_threads(threads)
     return found
@@ -219,7 +227,7 @@ def evaluation_times(load: Workload, size=(1024, 2048), repeats: int = 3) -> dic
     for k in range(repeats + 1):
         if k == 1: watch.seconds.clear()
         watch.last = watch.now()
-        pred = most_likely(scores, size)
+        pred = fast_predicted_classes(scores, size)
         watch.mark("arg max of the upsampled scores")
         cm.update(pred[0], label)
         watch.mark("counts")
@@ -300,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.bench [--against OPTIONS] ...`; exit status 2 for what the user can mend."
     try: tyro.cli(bench, args=argv, prog="python -m sac_lit.bench", config=(tyro.conf.OmitArgPrefixes,))
     except UserError as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except torch.OutOfMemoryError: sys.exit(print("error: the step does not fit into the device's memory; take a smaller --crop, --micro-batch 1 or --recompute", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError: sys.exit(print("error: the step does not fit into the device's memory; take a smaller --crop, --micro-batch 1 or --gradient-checkpointing", file=sys.stderr) or 2)
 
 # %% ../nbs/12_performance.ipynb #41a3ffa5
 if __name__ == "__main__" and "__file__" in globals(): main()

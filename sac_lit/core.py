@@ -4,19 +4,30 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'subset', 'colorize', 'colors_of', 'use_style',
-           'class_legend', 'show', 'ConfusionMatrix', 'class_bars', 'seed_of', 'generator', 'UserError']
+           'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'class_bars', 'seed_of', 'generator', 'UserError',
+           'lookup', 'flush', 'remove', 'written_aside', 'Stopped', 'clean_exit', 'optional', 'ahead', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple
 import hashlib
+import importlib
 import itertools
 import operator
-from typing import NamedTuple
+import os
+import shutil
+import sys
 
+from fastprogress import progress_bar
+from matplotlib.patches import Patch
+from safetensors import SafetensorError
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from matplotlib.patches import Patch
 
 # %% ../nbs/00_core.ipynb #0d03daba
 IGNORE_INDEX = 255  # label of a pixel that has no class
@@ -170,6 +181,16 @@ class ConfusionMatrix:
         iou = self.iou()
         return iou[list(classes) if classes is not None else slice(None)].nanmean().item()
 
+# %% ../nbs/00_core.ipynb #300be2ee
+def evaluate(predict,      # image uint8 (3, H, W) -> predicted train ids (H, W)
+             samples,      # iterable of {"image": (3, H, W), "label": (H, W)}
+             num_classes: int,
+            ) -> ConfusionMatrix:
+    "The confusion matrix of a network's predictions, image by image."
+    cm = ConfusionMatrix(num_classes)
+    for sample in samples: cm.update(predict(sample["image"]), sample["label"])
+    return cm
+
 # %% ../nbs/00_core.ipynb #820922b8
 def class_bars(values: dict,  # {series: numbers, one a class}
                ylabel: str = "",
@@ -203,3 +224,89 @@ def generator(seed: int, *key) -> torch.Generator:
 # %% ../nbs/00_core.ipynb #8e842b16
 class UserError(Exception):
     "A problem that the user can mend. Its one sentence names the file, option or value and says what to do."
+
+# %% ../nbs/00_core.ipynb #677048ba
+def lookup(table: dict,  # entries by name
+           name: str,    # a key of the table, or `module:name` of an object of one's own
+           option: str,  # that gave the name, for the message: "arch"
+          ):
+    "An entry of a table, or an object of the user's. Raises `UserError` where there is none."
+    if name in table: return table[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"--{option} {name}: no such entry; choose one of {', '.join(table)}, "
+                        "or give module:name of your own")
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())       # a module beside the data
+    try: return getattr(importlib.import_module(module), attribute)
+    except Exception as e:                                                # the module may raise anything
+        raise UserError(f"--{option} {name}: cannot be imported ({type(e).__name__}: {e}); "
+                        "give module:name of something that Python can import from here") from e
+
+# %% ../nbs/00_core.ipynb #adaf1141
+def flush(path: Path) -> None:
+    "Wait until a file, or the list of names in a folder, is on the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+def remove(path: Path) -> None:
+    "Delete a file or a folder, if it is there."
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    "A temporary path beside `path` that takes its place, file or folder, when the block ends without error."
+    tmp = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(tmp)
+    try:
+        yield tmp
+        for p in (*tmp.rglob("*"), tmp): flush(p)
+    except BaseException as e:
+        remove(tmp)
+        if isinstance(e, SafetensorError): raise UserError(f"{path}: could not be written ({e}); make room and give the same command again") from e
+        raise
+    if path.is_dir(): shutil.rmtree(path)
+    os.replace(tmp, path)
+    flush(path.parent)
+
+# %% ../nbs/00_core.ipynb #6a74c290
+class Stopped(Exception):
+    "Somebody asked the run to stop, and it did."
+
+# %% ../nbs/00_core.ipynb #e8b81f1d
+@contextmanager
+def clean_exit():
+    "Around a command that trains: what the user can mend (exit status 2) or has asked for (143, 130) is said in a line, without a traceback."
+    try: yield
+    except UserError as e: problem, status = f"error: {e}", 2
+    except OSError as e: problem, status = f"error: {e.filename or 'a file'}: {e.strerror or e}; what was saved before is kept", 2
+    except Stopped as e: problem, status = f"stopped as asked ({e}); the same command continues from there", 143
+    except KeyboardInterrupt: problem, status = "interrupted; the same command continues from the last checkpoint", 130
+    else: return
+    print(problem, file=sys.stderr)
+    sys.exit(status)
+
+# %% ../nbs/00_core.ipynb #a17a87c2
+def optional(module: str, extra: str):
+    "A module that only some need. `UserError` with the command that installs it."
+    try: return importlib.import_module(module)
+    except ImportError as e: raise UserError(f"{module} is not installed; run: pip install 'sac_lit[{extra}]'") from e
+
+# %% ../nbs/00_core.ipynb #4111571d
+def ahead(items: Iterable,
+          depth: int = 2,  # items that may be ready before they are asked for
+         ) -> Iterator:
+    "The same items, made by a thread that runs ahead. What the iterator raises is raised here."
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, items, end) for _ in range(depth))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(pool.submit(next, items, end))
+                yield item
+        finally: pool.shutdown(cancel_futures=True)
+
+def progress(items: Iterable, total: int | None = None) -> Iterable:
+    "The same items with a progress bar, where someone is watching."
+    return progress_bar(items, total="noinfer" if total is None else total, leave=False) if sys.stdout.isatty() and total != 0 else items

@@ -6,18 +6,19 @@
 __all__ = ['STUDY', 'STUDIES', 'variant', 'trained', 'scores', 'run_study', 'summary', 'Arguments', 'main']
 
 # %% ../nbs/11_experiments.ipynb #4adfa6ae
-import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+import json
+import re
 
 import pandas as pd
 import tyro
 
-from .core import UserError
-from .runs import Config, Run, check_same, load_config, written_aside
-from .train import MODEL_FOLDER, TOY, ending_in_a_line, train
+from .core import UserError, clean_exit, written_aside
+from .config import Config, STAGES, TOY, check_same, load_config
+from .runs import Run
+from .train import train
 
 # %% ../nbs/11_experiments.ipynb #887eb263
 STUDY = replace(  # what every setting starts from: the preset toy, shorter and with a faster teacher
@@ -28,7 +29,7 @@ STUDIES = {  # {study: {title: options}}
         "SAC": "",
         "fusion by least entropy": "--sac.loss.pool min_entropy",
         "no crops": "--sac.num-crops 0 --sac.groups 8",
-        "no photometric noise": "--sac.no-noise",
+        "no photometric noise": "--sac.noise",
         "static threshold": "--sac.loss.beta 1e-6",
         "no focal weight": "--sac.loss.lam 0",
         "no confidence in the loss": "--sac.loss.confidence none",
@@ -47,7 +48,7 @@ def variant(base: Config,
             options: str = "",  # of `python -m sac_lit.train`
            ) -> Config:
     "The joint stage of `base` with other options, from the network that ABN pretraining left with this seed."
-    start = Path(base.runs) / f"{base.name}_seed{seed}" / MODEL_FOLDER["abn"]
+    start = Path(base.runs) / f"{base.name}_seed{seed}" / STAGES["abn"].folder
     name = f"{base.name}_seed{seed}_" + (re.sub(r"[^\w.-]+", "_", options).strip("-") or "sac")
     base = replace(base, name=name, seed=seed, stages=("sac",), sac=replace(base.sac, start=str(start)))
     return tyro.cli(Config, args=options.split(), default=base)
@@ -56,7 +57,7 @@ def variant(base: Config,
 def trained(cfg: Config) -> Run:
     "The run of a configuration, trained where it is not done. Raises `UserError` where its folder holds another one."
     folder = Path(cfg.runs) / cfg.name
-    if not all((folder / MODEL_FOLDER[stage]).exists() for stage in cfg.stages): return train(cfg)
+    if not all((folder / STAGES[stage].folder).exists() for stage in cfg.stages): return train(cfg)
     run = Run(load_config(folder), None, folder)
     check_same(folder, replace(cfg, mixed_precision=run.cfg.mixed_precision))       # None there has become what it stood for
     return run
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.experiments STUDY`; exit status 2 for what the user can mend."
     args = tyro.cli(Arguments, args=argv, prog="python -m sac_lit.experiments")
     out = args.out or Path(STUDY.runs) / f"{args.study}.json"
-    with ending_in_a_line():
+    with clean_exit():
         if len({*args.seeds}) < max(1, len(args.seeds)): raise UserError("--seeds: give at least one, and each once")
         if out.is_dir(): raise UserError(f"--out {out}: a folder; give the name of a file")
         rows = run_study(STUDIES[args.study], args.seeds, STUDY)

@@ -16,16 +16,23 @@ __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'WALL', 'FENCE', 'POLE', 'LIGHT', 'SI
            'save_cityscapes', 'file_in', 'is_there', 'write_dataset', 'main']
 
 # %% ../nbs/00a_toy_city.ipynb #26e755e8
-import argparse, io, json, random, struct, sys, tempfile, zlib
 from functools import lru_cache
 from math import cos, hypot, pi, sin
 from pathlib import Path
 from typing import NamedTuple
+import argparse
+import io
+import json
+import random
+import struct
+import sys
+import tempfile
+import zlib
 
+from PIL import Image, ImageDraw, ImageFilter
+from fastprogress import progress_bar
 import numpy as np
 import torch
-from fastprogress import progress_bar
-from PIL import Image, ImageDraw, ImageFilter
 
 from .core import CLASSES, IGNORE_INDEX, UserError, seed_of
 
