@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'subset', 'colorize', 'colors_of', 'use_style',
-           'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'class_bars', 'seed_of', 'generator', 'UserError',
-           'lookup', 'flush', 'remove', 'written_aside', 'Stopped', 'clean_exit', 'optional', 'ahead', 'progress']
+           'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars', 'seed_of', 'generator',
+           'UserError', 'lookup', 'flush', 'remove', 'written_aside', 'fingerprint', 'Stopped', 'clean_exit',
+           'optional', 'ahead', 'watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
 from collections import deque
@@ -13,15 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
+import difflib
 import hashlib
 import importlib
 import itertools
+import math
 import operator
 import os
 import shutil
 import sys
 
-from fastprogress import progress_bar
+from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
 from matplotlib.patches import Patch
 from safetensors import SafetensorError
 import matplotlib.pyplot as plt
@@ -33,13 +36,13 @@ import torch
 IGNORE_INDEX = 255  # label of a pixel that has no class
 
 class SemanticClass(NamedTuple):
-    "One of the 19 classes: its name, its colour in figures, and its number in the label files of two data sets."
+    "A class: its name, its colour in figures, and its numbers in the label files of two data sets."
     name: str
     color: tuple[int, int, int]  # RGB, the Cityscapes convention
     cityscapes_id: int           # also the id that GTA5 uses
     synthia_id: int              # first channel of SYNTHIA's 16-bit PNG
 
-CLASSES = tuple(SemanticClass(*row) for row in (  # the 19 classes; the position in the table is the train id
+_ROWS = (  # name, colour, number in Cityscapes and GTA5, number in SYNTHIA
     ("road",          (128,  64, 128),  7,  3),
     ("sidewalk",      (244,  35, 232),  8,  4),
     ("building",      ( 70,  70,  70), 11,  2),
@@ -58,12 +61,16 @@ CLASSES = tuple(SemanticClass(*row) for row in (  # the 19 classes; the position
     ("bus",           (  0,  60, 100), 28, 19),
     ("train",         (  0,  80, 100), 31, 20),
     ("motorcycle",    (  0,   0, 230), 32, 12),
-    ("bicycle",       (119,  11,  32), 33, 11)))
-NAMES = tuple(c.name for c in CLASSES)  # names of the classes, by train id
+    ("bicycle",       (119,  11,  32), 33, 11))
+
+CLASSES = tuple(SemanticClass(*row) for row in _ROWS)  # the position in the table is the train id
+NAMES = tuple(c.name for c in CLASSES)                 # names of the classes, by train id
 
 # %% ../nbs/00_core.ipynb #63610336
 LEFT_OUT = {  # classes that the mean over 19, 16 or 13 leaves out
-    19: (), 16: ("terrain", "truck", "train"), 13: ("terrain", "truck", "train", "wall", "fence", "pole")}
+    19: (),
+    16: ("terrain", "truck", "train"),
+    13: ("terrain", "truck", "train", "wall", "fence", "pole")}
 
 def subset(n: int,  # 19, 16 or 13
           ) -> list[int]:
@@ -81,37 +88,41 @@ def colorize(labels: torch.Tensor | np.ndarray,  # train ids, any shape (..., H,
 
 # %% ../nbs/00_core.ipynb #035431f4
 def colors_of(names) -> tuple[tuple[int, int, int], ...]:
-    "RGB of classes by name: the class table's where it has the name, otherwise one that is far from all others."
+    "RGB of classes by name: the class table's, or one that is far from all others."
     known = {c.name: c.color for c in CLASSES}
-    grid = np.array(list(itertools.product(range(40, 241, 33), repeat=3)))  # (343, 3)
     colors = [known.get(name) for name in names]
     taken = [(0, 0, 0), (255, 255, 255), *filter(None, colors)]
-    for i in (i for i, color in enumerate(colors) if color is None):
-        distance = ((grid[:, None] - np.array(taken)) ** 2).sum(-1).min(1)  # of each candidate to the nearest that is taken
-        colors[i] = tuple(grid[distance.argmax()].tolist())
+    grid = np.array(list(itertools.product(range(40, 241, 33), repeat=3)))    # (343, 3)
+    for i, color in enumerate(colors):
+        if color is not None: continue
+        distance = ((grid[:, None] - np.array(taken)) ** 2).sum(-1)           # (343, taken)
+        colors[i] = tuple(grid[distance.min(1).argmax()].tolist())
         taken.append(colors[i])
     return tuple(colors)
 
 # %% ../nbs/00_core.ipynb #9951da42
 def use_style() -> None:
-    "The look of all figures: quiet, legible in print, with a palette that colour-blind readers can tell apart."
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=.8,
-                  rc={"figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True, "image.interpolation": "nearest",
-                      "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium"})
+    "The look of all figures: quiet, legible in print, with a palette for colour-blind readers."
+    rc = {"figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True,
+          "image.interpolation": "nearest", "axes.titlesize": "medium",
+          "axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=.8, rc=rc)
 
 def class_legend(classes=range(len(CLASSES)),  # train ids to name
                  names=NAMES,
                  colors=None,  # RGB of each; by default `colors_of(names)`
-                 **kwargs,  # passed to matplotlib's `legend`
+                 **kwargs,     # passed to matplotlib's `legend`
                 ) -> None:
     "Name the colours of some classes below the current figure, which grows by the room for them."
     fig, classes, colors = plt.gcf(), list(classes), colors or colors_of(names)
     ncols = max(1, min(len(classes), int(fig.get_figwidth() / 1.15)))
-    fig.set_figheight(fig.get_figheight() + .22 * -(-len(classes) // ncols) + .1)
+    nrows = math.ceil(len(classes) / ncols)
+    fig.set_figheight(fig.get_figheight() + .22 * nrows + .1)
     handles = [Patch(facecolor=np.array(colors[c]) / 255, label=names[c]) for c in classes]
-    fig.legend(handles=handles, **{"loc": "outside lower center", "ncols": ncols, "frameon": False, "fontsize": "small", **kwargs})
+    look = {"loc": "outside lower center", "ncols": ncols, "frameon": False, "fontsize": "small"}
+    fig.legend(handles=handles, **look | kwargs)
 
-def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of integers; heat map (H, W) of floats or bools
+def show(*panels,  # (3, H, W) an image; (H, W) integers: a label map, else a heat map
          titles=(),  # one for each panel
          ncols: int | None = None,  # panels in a row; by default all
          width: float = 3.,  # inches a panel
@@ -120,23 +131,28 @@ def show(*panels,  # image (3, H, W) in [0, 1] or uint8; label map (H, W) of int
         ) -> list:  # the axes
     "Draw images, label maps and heat maps side by side."
     ncols = ncols or len(panels)
-    nrows = -(-len(panels) // ncols)
+    nrows = math.ceil(len(panels) / ncols)
     h, w = panels[0].shape[-2:]
-    fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, (width * h / w + .25) * nrows), squeeze=False)
+    figsize = width * ncols, (width * h / w + .25) * nrows
+    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     for ax, x, title in zip(axes.flat, panels, [*titles, *[""] * len(panels)]):
-        x = torch.as_tensor(x).detach().cpu()
-        if x.ndim == 3:
-            x = x.permute(1, 2, 0)
-            ax.imshow((x if x.dtype == torch.uint8 else x.clamp(0, 1)).numpy())
-        elif x.dtype == torch.bool:
-            ax.imshow(x.numpy(), cmap="gray", vmin=0, vmax=1)
-        elif x.is_floating_point():
-            fig.colorbar(ax.imshow(x.numpy(), cmap="viridis", vmin=vmin, vmax=vmax), ax=ax, shrink=.8)
-        else:
-            ax.imshow(colorize(x, colors_of(names)))
+        _draw(ax, torch.as_tensor(x).detach().cpu(), vmin, vmax, names)
         ax.set_title(title)
     return list(axes.flat)
+
+def _draw(ax, x: torch.Tensor, vmin, vmax, names) -> None:
+    "One panel, by its type."
+    if x.ndim == 3:
+        x = x.permute(1, 2, 0)                                                # (H, W, 3)
+        ax.imshow((x if x.dtype == torch.uint8 else x.clamp(0, 1)).numpy())
+    elif x.dtype == torch.bool:
+        ax.imshow(x.numpy(), cmap="gray", vmin=0, vmax=1)
+    elif x.is_floating_point():
+        image = ax.imshow(x.numpy(), cmap="viridis", vmin=vmin, vmax=vmax)
+        ax.figure.colorbar(image, ax=ax, shrink=.8)
+    else:
+        ax.imshow(colorize(x, colors_of(names)))
 
 # %% ../nbs/00_core.ipynb #07ffc646
 class ConfusionMatrix:
@@ -146,22 +162,30 @@ class ConfusionMatrix:
                  ignore_index: int = IGNORE_INDEX,  # label that is not counted
                 ):
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # row: label, column: prediction
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # label, prediction
 
     def update(self,
                pred: torch.Tensor,   # predicted train ids, integers of any shape
                label: torch.Tensor,  # true train ids, same shape; `ignore_index` is left out
               ) -> "ConfusionMatrix":
         "Count a batch. Raises `ValueError` where shapes differ or a value is no class."
-        if pred.shape != label.shape: raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+        if pred.shape != label.shape:
+            shapes = f"prediction {tuple(pred.shape)} and label {tuple(label.shape)}"
+            raise ValueError(f"{shapes} differ in shape")
         if not label.numel(): return self
         C, known = self.num_classes, label != self.ignore_index
-        for what, x in (("prediction", pred), ("label", label)):
-            low, high = x.where(known, 0).aminmax()
-            if not 0 <= low <= high < C: raise ValueError(f"{what} has values from {low} to {high}, expected 0 to {C - 1}")
-        pairs = torch.where(known, label.int() * C + pred.int(), C * C)          # ignored pixels are counted apart
-        self.counts += torch.bincount(pairs.flatten(), minlength=C * C + 1)[:-1].view(C, C).cpu()
+        self._check("prediction", pred, known)
+        self._check("label", label, known)
+        pairs = torch.where(known, label.int() * C + pred.int(), C * C)       # ignored pixels: apart
+        counts = torch.bincount(pairs.flatten(), minlength=C * C + 1)
+        self.counts += counts[:-1].view(C, C).cpu()
         return self
+
+    def _check(self, what: str, x: torch.Tensor, known: torch.Tensor) -> None:
+        low, high = x.where(known, 0).aminmax()
+        if low < 0 or high >= self.num_classes:
+            found = f"{what} has values from {low} to {high}"
+            raise ValueError(f"{found}, expected 0 to {self.num_classes - 1}")
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         "The matrix of both sets of images, for example of two processes."
@@ -169,7 +193,7 @@ class ConfusionMatrix:
         total.counts = self.counts + other.counts
         return total
 
-    def iou(self) -> torch.Tensor:  # float64 (C,), nan where a class was neither present nor predicted
+    def iou(self) -> torch.Tensor:  # float64 (C,), nan where a class is neither present nor predicted
         "Intersection over union of each class."
         n = self.counts.double()
         return n.diag() / (n.sum(0) + n.sum(1) - n.diag())
@@ -177,13 +201,14 @@ class ConfusionMatrix:
     def miou(self,
              classes=None,  # train ids to average over; by default all
             ) -> float:
-        "Mean of `iou` over classes, leaving out those that never occur (as the official Cityscapes script does)."
+        "Mean of `iou`, leaving out classes that never occur, as the Cityscapes script does."
         iou = self.iou()
-        return iou[list(classes) if classes is not None else slice(None)].nanmean().item()
+        if classes is not None: iou = iou[list(classes)]
+        return iou.nanmean().item()
 
-# %% ../nbs/00_core.ipynb #300be2ee
-def evaluate(predict,      # image uint8 (3, H, W) -> predicted train ids (H, W)
-             samples,      # iterable of {"image": (3, H, W), "label": (H, W)}
+# %% ../nbs/00_core.ipynb #d451efce
+def evaluate(predict,  # image uint8 (3, H, W) -> predicted train ids (H, W)
+             samples,  # iterable of {"image": (3, H, W), "label": (H, W)}
              num_classes: int,
             ) -> ConfusionMatrix:
     "The confusion matrix of a network's predictions, image by image."
@@ -191,20 +216,31 @@ def evaluate(predict,      # image uint8 (3, H, W) -> predicted train ids (H, W)
     for sample in samples: cm.update(predict(sample["image"]), sample["label"])
     return cm
 
+def subset_means(cm: ConfusionMatrix,
+                 names=NAMES,
+                ) -> dict[int, float]:
+    "Mean IoU by the number of classes: 19, 16 and 13 for the classes of Cityscapes, else all."
+    if tuple(names) != NAMES: return {len(names): cm.miou()}
+    return {n: cm.miou(subset(n)) for n in LEFT_OUT}
+
 # %% ../nbs/00_core.ipynb #820922b8
 def class_bars(values: dict,  # {series: numbers, one a class}
                ylabel: str = "",
                names=NAMES,
                log: bool = False,  # logarithmic scale
-               ax=None,  # matplotlib axes; by default a new, wide figure
+               ax=None,  # matplotlib axes; by default a new figure
               ):  # the axes
     "Bars grouped by class, one colour a series."
-    if ax is None: ax = plt.subplots(figsize=(9, 2.6))[1]
-    data = {"class": [n for n in names] * len(values), "series": [k for k in values for _ in names],
-            ylabel: np.concatenate([np.asarray(v, float) for v in values.values()])}
-    sns.barplot(data, x="class", y=ylabel, hue="series", ax=ax, legend=len(values) > 1)
+    if ax is None: ax = plt.subplots(figsize=(7, 2.6))[1]
+    series = [name for name in values for _ in names]
+    heights = np.concatenate([np.asarray(v, float) for v in values.values()])
+    data = {"class": [*names] * len(values), "series": series, ylabel: heights}
+    many = len(values) > 1
+    sns.barplot(data, x="class", y=ylabel, hue="series", ax=ax, legend=many)
     if log: ax.set_yscale("log")
-    if len(values) > 1: sns.move_legend(ax, "lower right", bbox_to_anchor=(1, 1), ncols=len(values), title=None, frameon=False)
+    if many:
+        sns.move_legend(ax, "lower right", bbox_to_anchor=(1, 1), ncols=len(values),
+                        title=None, frameon=False)
     ax.tick_params(axis="x", rotation=90)
     ax.set_xlabel("")
     return ax
@@ -213,19 +249,20 @@ def class_bars(values: dict,  # {series: numbers, one a class}
 def seed_of(seed: int,  # the run's seed
             *key,       # strings and integers that name the draw
            ) -> int:    # 32 bits, as many as torch's CPU generator uses
-    "A seed that is a pure function of its arguments, by a hash: neighbouring keys give unrelated seeds."
-    text = repr((operator.index(seed), *(k if isinstance(k, str) else operator.index(k) for k in key)))
+    "A seed that is a pure function of its arguments, by a hash: neighbours give unrelated seeds."
+    key = (k if isinstance(k, str) else operator.index(k) for k in key)
+    text = repr((operator.index(seed), *key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 def generator(seed: int, *key) -> torch.Generator:
-    "A CPU random generator that is a pure function of its arguments, for example `generator(0, 'sac', step, slot)`."
+    "A CPU random generator that is a pure function of its arguments: `generator(0, 'sac', step, slot)`."
     return torch.Generator().manual_seed(seed_of(seed, *key))
 
 # %% ../nbs/00_core.ipynb #8e842b16
 class UserError(Exception):
     "A problem that the user can mend. Its one sentence names the file, option or value and says what to do."
 
-# %% ../nbs/00_core.ipynb #677048ba
+# %% ../nbs/00_core.ipynb #53670a65
 def lookup(table: dict,  # entries by name
            name: str,    # a key of the table, or `module:name` of an object of one's own
            option: str,  # that gave the name, for the message: "arch"
@@ -234,13 +271,16 @@ def lookup(table: dict,  # entries by name
     if name in table: return table[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(f"--{option} {name}: no such entry; choose one of {', '.join(table)}, "
+        near = difflib.get_close_matches(name, table)
+        hint = f"did you mean {near[0]}? There are" if near else "choose one of"
+        raise UserError(f"--{option} {name}: no such entry; {hint} {', '.join(table)}, "
                         "or give module:name of your own")
-    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())       # a module beside the data
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())           # a file beside the data
     try: return getattr(importlib.import_module(module), attribute)
-    except Exception as e:                                                # the module may raise anything
-        raise UserError(f"--{option} {name}: cannot be imported ({type(e).__name__}: {e}); "
-                        "give module:name of something that Python can import from here") from e
+    except Exception as e:                                                    # it may raise anything
+        problem = f"cannot be imported ({type(e).__name__}: {e})"
+        raise UserError(f"--{option} {name}: {problem}; give module:name of something that "
+                        "Python can import from here") from e
 
 # %% ../nbs/00_core.ipynb #adaf1141
 def flush(path: Path) -> None:
@@ -251,47 +291,59 @@ def flush(path: Path) -> None:
 
 def remove(path: Path) -> None:
     "Delete a file or a folder, if it is there."
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    "A temporary path beside `path` that takes its place, file or folder, when the block ends without error."
-    tmp = path.with_name(path.name + ".tmp")
+    "A path beside `path` that takes its place, file or folder, when the block ends without error."
+    aside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(tmp)
+    remove(aside)
     try:
-        yield tmp
-        for p in (*tmp.rglob("*"), tmp): flush(p)
+        yield aside
+        for p in (*aside.rglob("*"), aside): flush(p)
     except BaseException as e:
-        remove(tmp)
-        if isinstance(e, SafetensorError): raise UserError(f"{path}: could not be written ({e}); make room and give the same command again") from e
-        raise
+        remove(aside)
+        if not isinstance(e, SafetensorError): raise
+        raise UserError(f"{path}: could not be written ({e}); "
+                        "make room and give the same command again") from e
     if path.is_dir(): shutil.rmtree(path)
-    os.replace(tmp, path)
+    os.replace(aside, path)
     flush(path.parent)
 
-# %% ../nbs/00_core.ipynb #6a74c290
+# %% ../nbs/00_core.ipynb #1a3f7d74
+def fingerprint(*things) -> str:  # 16 hexadecimal digits
+    "A hash of things that `repr` tells apart: numbers, strings, bytes, tuples and lists of them."
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #05257cc4
 class Stopped(Exception):
     "Somebody asked the run to stop, and it did."
 
-# %% ../nbs/00_core.ipynb #e8b81f1d
 @contextmanager
-def clean_exit():
-    "Around a command that trains: what the user can mend (exit status 2) or has asked for (143, 130) is said in a line, without a traceback."
+def clean_exit(again="give the same command again"):  # what to do after an interruption
+    "Around a command: its end is a line and an exit status, without a traceback."
     try: yield
-    except UserError as e: problem, status = f"error: {e}", 2
-    except OSError as e: problem, status = f"error: {e.filename or 'a file'}: {e.strerror or e}; what was saved before is kept", 2
-    except Stopped as e: problem, status = f"stopped as asked ({e}); the same command continues from there", 143
-    except KeyboardInterrupt: problem, status = "interrupted; the same command continues from the last checkpoint", 130
+    except UserError as e: line, status = f"error: {e}", 2
+    except OSError as e:
+        what = f"{e.filename or 'a file'}: {e.strerror or e}"
+        line, status = f"error: {what}; what was saved before is kept", 2
+    except Stopped as e: line, status = f"stopped as asked ({e}); {again}", 143
+    except KeyboardInterrupt: line, status = f"interrupted; {again}", 130
     else: return
-    print(problem, file=sys.stderr)
+    print(line, file=sys.stderr)
     sys.exit(status)
 
-# %% ../nbs/00_core.ipynb #a17a87c2
-def optional(module: str, extra: str):
+# %% ../nbs/00_core.ipynb #5cafbfc0
+def optional(module: str,  # its name
+             extra: str,   # the extra of this package that installs it
+            ):
     "A module that only some need. `UserError` with the command that installs it."
     try: return importlib.import_module(module)
-    except ImportError as e: raise UserError(f"{module} is not installed; run: pip install 'sac_lit[{extra}]'") from e
+    except ImportError as e:
+        command = f"pip install 'sac_lit[{extra}]'"
+        raise UserError(f"{module} is not installed; run: {command}") from e
 
 # %% ../nbs/00_core.ipynb #4111571d
 def ahead(items: Iterable,
@@ -307,6 +359,13 @@ def ahead(items: Iterable,
                 yield item
         finally: pool.shutdown(cancel_futures=True)
 
-def progress(items: Iterable, total: int | None = None) -> Iterable:
-    "The same items with a progress bar, where someone is watching."
-    return progress_bar(items, total="noinfer" if total is None else total, leave=False) if sys.stdout.isatty() and total != 0 else items
+def watched() -> bool:
+    "Whether a person sees the output: in a terminal, or in a notebook that is not run by a program."
+    return (sys.stdout.isatty() or IN_NOTEBOOK) and "IN_TEST" not in os.environ
+
+def progress(items: Iterable,
+             total: int | None = None,  # how many; None: unknown
+            ) -> Iterable:
+    "The same items, with a bar where someone is watching."
+    if not watched() or total == 0: return items
+    return progress_bar(items, total="noinfer" if total is None else total, leave=False)
