@@ -8,6 +8,8 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+lib = cfg["lib_path"]
+extras = "video", "onnx", "dev"
 
 setup(
     name=cfg["lib_name"],
@@ -20,9 +22,10 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
-    packages=[cfg["lib_path"]],
+    packages=[lib],
+    package_data={lib: ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("video", "onnx", "dev")},
-    entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in extras},
+    entry_points={"nbdev": [f"{lib}={lib}._modidx:d"], "console_scripts": [f"sac={lib}:main"]},
 )

@@ -176,7 +176,7 @@ class ConfusionMatrix:
         C, known = self.num_classes, label != self.ignore_index
         self._check("prediction", pred, known)
         self._check("label", label, known)
-        pairs = torch.where(known, label.int() * C + pred.int(), C * C)       # ignored pixels: apart
+        pairs = torch.where(known, label.int() * C + pred.int(), C * C)       # ignored: apart
         counts = torch.bincount(pairs.flatten(), minlength=C * C + 1)
         self.counts += counts[:-1].view(C, C).cpu()
         return self
@@ -193,7 +193,7 @@ class ConfusionMatrix:
         total.counts = self.counts + other.counts
         return total
 
-    def iou(self) -> torch.Tensor:  # float64 (C,), nan where a class is neither present nor predicted
+    def iou(self) -> torch.Tensor:  # float64 (C,), nan where a class never occurs
         "Intersection over union of each class."
         n = self.counts.double()
         return n.diag() / (n.sum(0) + n.sum(1) - n.diag())
@@ -206,7 +206,7 @@ class ConfusionMatrix:
         if classes is not None: iou = iou[list(classes)]
         return iou.nanmean().item()
 
-# %% ../nbs/00_core.ipynb #d451efce
+# %% ../nbs/00_core.ipynb #6f02c745
 def evaluate(predict,  # image uint8 (3, H, W) -> predicted train ids (H, W)
              samples,  # iterable of {"image": (3, H, W), "label": (H, W)}
              num_classes: int,
@@ -255,14 +255,14 @@ def seed_of(seed: int,  # the run's seed
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 def generator(seed: int, *key) -> torch.Generator:
-    "A CPU random generator that is a pure function of its arguments: `generator(0, 'sac', step, slot)`."
+    "A CPU random generator that is a pure function of its arguments."
     return torch.Generator().manual_seed(seed_of(seed, *key))
 
 # %% ../nbs/00_core.ipynb #8e842b16
 class UserError(Exception):
-    "A problem that the user can mend. Its one sentence names the file, option or value and says what to do."
+    "What the user can mend: one sentence names the file, option or value, and what to do."
 
-# %% ../nbs/00_core.ipynb #53670a65
+# %% ../nbs/00_core.ipynb #52fb410d
 def lookup(table: dict,  # entries by name
            name: str,    # a key of the table, or `module:name` of an object of one's own
            option: str,  # that gave the name, for the message: "arch"
@@ -275,9 +275,9 @@ def lookup(table: dict,  # entries by name
         hint = f"did you mean {near[0]}? There are" if near else "choose one of"
         raise UserError(f"--{option} {name}: no such entry; {hint} {', '.join(table)}, "
                         "or give module:name of your own")
-    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())           # a file beside the data
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return getattr(importlib.import_module(module), attribute)
-    except Exception as e:                                                    # it may raise anything
+    except Exception as e:  # it may raise anything
         problem = f"cannot be imported ({type(e).__name__}: {e})"
         raise UserError(f"--{option} {name}: {problem}; give module:name of something that "
                         "Python can import from here") from e
@@ -312,12 +312,12 @@ def written_aside(path: Path) -> Iterator[Path]:
     os.replace(aside, path)
     flush(path.parent)
 
-# %% ../nbs/00_core.ipynb #1a3f7d74
+# %% ../nbs/00_core.ipynb #39e29f94
 def fingerprint(*things) -> str:  # 16 hexadecimal digits
     "A hash of things that `repr` tells apart: numbers, strings, bytes, tuples and lists of them."
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #05257cc4
+# %% ../nbs/00_core.ipynb #11dba277
 class Stopped(Exception):
     "Somebody asked the run to stop, and it did."
 
@@ -335,7 +335,7 @@ def clean_exit(again="give the same command again"):  # what to do after an inte
     print(line, file=sys.stderr)
     sys.exit(status)
 
-# %% ../nbs/00_core.ipynb #5cafbfc0
+# %% ../nbs/00_core.ipynb #219ed506
 def optional(module: str,  # its name
              extra: str,   # the extra of this package that installs it
             ):
@@ -360,7 +360,7 @@ def ahead(items: Iterable,
         finally: pool.shutdown(cancel_futures=True)
 
 def watched() -> bool:
-    "Whether a person sees the output: in a terminal, or in a notebook that is not run by a program."
+    "Whether a person sees the output: in a terminal, or in a notebook outside of tests."
     return (sys.stdout.isatty() or IN_NOTEBOOK) and "IN_TEST" not in os.environ
 
 def progress(items: Iterable,
