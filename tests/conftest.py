@@ -1,4 +1,8 @@
-"""`pytest tests` runs all but the tests marked `slow`; `pytest tests --run-slow` runs those too."""
+"""`pytest tests` runs all but the tests marked `slow`, `--run-slow` those too, `-m quick` a part.
+
+The quick part holds what answers in a minute and a half: functions and figures of the pages; no
+training, no processes, no site.
+"""
 import os
 
 import pytest
@@ -7,17 +11,27 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores (pytest.ini)
 os.environ["MPLBACKEND"] = "agg"               # no window
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test needs a network
+os.environ["IN_TEST"] = "1"                    # no progress bars
+
+QUICK = {  # files of the quick part
+    "test_core", "test_fusion", "test_loss_and_sampling", "test_pages", "test_step",
+    "test_thresholds", "test_views"}
+NOT_QUICK = "slow", "trains"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (minutes each)")
+    parser.addoption("--run-slow", action="store_true", help="also the tests marked slow")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with --run-slow")
+    config.addinivalue_line("markers", "trains: trains, or starts processes; not in the quick part")
+    config.addinivalue_line("markers", "quick: answers in seconds")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--run-slow"): return
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+        marks = {mark.name for mark in item.iter_markers()}
+        if item.path.stem in QUICK and not marks & set(NOT_QUICK): item.add_marker("quick")
+        if "slow" in marks and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))

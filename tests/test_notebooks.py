@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from execnb.nbio import nb2str, read_nb
-from house import MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, module_of, parsed
+from house import (
+    MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, exported, hidden, module_of,
+    parsed)
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 
@@ -27,18 +29,22 @@ def outputs(path):
     return [o for c in cells(path, "code") for o in c.outputs]
 
 
-def hidden(cell):
-    return cell.source.startswith(("#| hide", "#|hide"))
+def said(output):
+    "The texts of an output."
+    texts = {"text": output.get("text", ""), **output.get("data", {})}
+    return [text for kind, text in texts.items() if kind.startswith("text")]
 
 
 @each
 def test_runs(path):
-    "By nbdev's own runner, in a process of its own: what a notebook sets or forks is no other test's concern."
+    "By nbdev's own runner, in a process of its own: what it sets is no other test's concern."
     before = set(NBS.rglob("*"))
     flags = get_config(path=ROOT).tst_flags.split()
-    done = subprocess.run([sys.executable, "-c", RUN, ROOT, path, *flags], cwd=NBS, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", RUN, ROOT, path, *flags]
+    done = subprocess.run(command, cwd=NBS, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    left = {p for p in set(NBS.rglob("*")) - before if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
+    left = set(NBS.rglob("*")) - before
+    left = {p for p in left if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
     assert not left, "the notebook leaves files behind"
 
 
@@ -47,7 +53,8 @@ def test_runs(path):
 def test_second_run_leaves_no_difference(path, tmp_path):
     "On the machine that made the outputs; another one may draw a pixel differently."
     for name in ("settings.ini", "nbs", "sac_lit", "docs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, tmp_path / "nbs" / "site" / "run.py", path.stem], check=True)
     made = tmp_path / "nbs" / path.name
     assert made.read_text() == path.read_text()
@@ -57,7 +64,8 @@ def test_second_run_leaves_no_difference(path, tmp_path):
 def test_outputs_are_kept(path):
     found = outputs(path)
     assert found, "no outputs: run it with nbs/site/run.py"
-    assert all(o.output_type != "error" and o.get("name") != "stderr" for o in found), "an error or a warning among the outputs"
+    wrong = [o for o in found if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not wrong, "an error or a warning among the outputs"
 
 
 @each
@@ -71,36 +79,52 @@ def test_is_clean(path):
 
 @each
 def test_names_no_machine(path):
-    said = [text for o in outputs(path) for kind, text in {"text": o.get("text", ""), **o.get("data", {})}.items() if kind.startswith("text")]
-    assert not [text[-300:] for text in [c.source for c in cells(path)] + said if MACHINE_PATH.search(text)]
+    texts = [c.source for c in cells(path)] + [text for o in outputs(path) for text in said(o)]
+    assert not [text[-300:] for text in texts if MACHINE_PATH.search(text)]
 
 
 @each
 def test_figures_are_small(path):
-    sizes = [len(base64.b64decode(o.data["image/png"])) for o in outputs(path) if "image/png" in o.get("data", {})]
+    pictures = [o.data["image/png"] for o in outputs(path) if "image/png" in o.get("data", {})]
+    sizes = [len(base64.b64decode(p)) for p in pictures]
     assert all(s < 150_000 for s in sizes), sizes
 
 
 @each
 def test_links_lead_somewhere(path):
-    links = [m for c in cells(path, "markdown") for m in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", c.source)]
+    texts = [c.source for c in cells(path, "markdown")]
+    links = [m for t in texts for m in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", t)]
     assert not [link for link in links if not (NBS / link).exists()]
+
+
+@each
+def test_anchors_lead_somewhere(path):
+    for text in (c.source for c in cells(path, "markdown")):
+        for name, anchor in re.findall(r"\]\(([\w.]*\.ipynb)?#([^)\s]+)\)", text):
+            page = NBS / name if name else path
+            headings = [h for c in cells(page, "markdown")
+                        for h in re.findall(r"^#+ (.+)$", c.source, re.M)]
+            made = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor.lower() in made | set(map(str.lower, MODULES)), f"{name}#{anchor}"
 
 
 @numbered
 def test_anatomy(path):
     first, second = cells(path)[:2]
-    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first.source), "the first cell holds '# Title' and '> description' only"
+    title = re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first.source)
+    assert title, "the first cell holds '# Title' and '> description' only"
     assert re.fullmatch(r"#\| default_exp \w+", second.source)
     text = "\n".join(c.source for c in cells(path, "markdown"))
-    parts = ["| needs |", "| gives |", "## Exercises", "<details>"] + ["Next: ["] * (path != NUMBERED[-1])
+    parts = ["| needs |", "| gives |", "## Exercises", "<details>"]
+    parts += ["Next: ["] * (path != NUMBERED[-1])
     assert not [part for part in parts if part not in text]
-    assert cells(path)[-1].source.endswith("nbdev.nbdev_export()")
+    assert "colab.research.google.com" in text, "no badge: run nbs/site/badges.py"
 
 
 @numbered
 def test_prose_beside_code(path):
-    prose, code = len(cells(path, "markdown")), len([c for c in cells(path, "code") if not hidden(c)])
+    prose = len(cells(path, "markdown"))
+    code = len([c for c in cells(path, "code") if not hidden(c)])
     assert prose >= .6 * code, f"{prose} prose cells for {code} of code"
 
 
@@ -114,12 +138,16 @@ def test_imports_stand_alone(path):
 
 @numbered
 def test_tests_what_it_exports(path):
-    lessons = "\n".join(c.source for c in cells(path, "code") if not c.source.startswith("#| export"))
+    lessons = "\n".join(c.source for c in cells(path, "code") if not exported(c))
     assert re.search(r"\bassert\b|\btest_\w+\(", lessons), "no test"
-    everything = "\n".join([c.source for p in NUMBERED for c in cells(p, "code")] + [p.read_text() for p in (ROOT / "tests").glob("*.py")])
-    library = [n for c in cells(path, "code") if c.source.startswith("#| export") for n in parsed(c.source).body]
-    exported = [n.name for n in library if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    assert not [name for name in exported if len(re.findall(rf"\b{name}\b", everything)) < 2], "exported, and used nowhere"
+    texts = [c.source for p in NUMBERED for c in cells(p, "code")]
+    texts += [p.read_text() for p in (ROOT / "tests").glob("*.py")]
+    everything = "\n".join(texts)
+    library = [n for c in cells(path) if exported(c) for n in parsed(c.source).body]
+    names = [n.name for n in library if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names = [name for name in names if not name.startswith("__")]
+    unused = [n for n in names if len(re.findall(rf"\b{n}\b", everything)) < 2]
+    assert not unused, "exported, and used nowhere"
 
 
 def test_one_module_each():

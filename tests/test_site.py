@@ -1,6 +1,8 @@
 """docs/ is what the notebooks say, complete, and works from a plain folder without a network."""
 import ast
+import html
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -13,12 +15,14 @@ from house import LIB, MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, pa
 
 sys.path.insert(0, str(NBS / "site"))
 DOCS = ROOT / "docs"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source",
+        "track", "wbr"}
 
 
 class Page(HTMLParser):
-    "Anchors, links, what is loaded, images without a text, and the prose outside code and equations."
+    "Anchors, links, what is loaded, images without a text, prose outside code and equations."
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.loaded, self.mute, self.prose, self.open = [], [], [], [], [], []
@@ -28,7 +32,7 @@ class Page(HTMLParser):
         a = dict(attrs)
         if "id" in a: self.ids.append(a["id"])
         if tag == "a" and "href" in a: self.links.append(a["href"])
-        self.loaded += [a[k] for k in ("src", "href") if k in a and tag in ("script", "link", "img")]
+        if tag in ("script", "link", "img"): self.loaded += [a[k] for k in ("src", "href") if k in a]
         if tag == "img" and not a.get("alt"): self.mute.append(a["src"])
         if tag not in VOID: self.open.append((tag, "math" in (a.get("class") or "").split()))
 
@@ -36,7 +40,8 @@ class Page(HTMLParser):
         while self.open and self.open.pop()[0] != tag: pass
 
     def handle_data(self, data):
-        if not any(tag in ("pre", "code", "script", "style") or math for tag, math in self.open): self.prose.append(data)
+        mute = any(tag in ("pre", "code", "script", "style") or math for tag, math in self.open)
+        if not mute: self.prose.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +50,17 @@ def pages():
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "README_files" not in p.parts}
+    paths = [p for p in folder.rglob("*") if p.is_file() and "README_files" not in p.parts]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def test_site_is_in_step_with_the_notebooks(tmp_path):
-    subprocess.run([sys.executable, "-c", "import sys, build, pathlib; build.build(pathlib.Path(sys.argv[1]))", tmp_path / "docs"], cwd=NBS / "site", check=True)
+    code = "import sys, build, pathlib; build.build(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, tmp_path / "docs"]
+    subprocess.run(command, cwd=NBS / "site", check=True)
     made, kept = contents(tmp_path / "docs"), contents(DOCS)
-    assert sorted(path for path in made | kept if made.get(path) != kept.get(path)) == [], "run nbs/site/build.py"
+    other = sorted(path for path in made | kept if made.get(path) != kept.get(path))
+    assert other == [], "run nbs/site/build.py"
 
 
 def test_every_notebook_has_its_page(pages):
@@ -64,34 +73,43 @@ def test_every_exported_symbol_has_its_block(pages, module):
     "And nbdev's index of names, which other projects may link to, is right."
     spec = importlib.util.spec_from_file_location("modidx", LIB / "_modidx.py")
     spec.loader.exec_module(index := importlib.util.module_from_spec(spec))
-    places = {full: url for full, (url, _) in index.d["syms"][f"sac_lit.{module}"].items() if not re.search(r"\._", full)}
+    syms, start = index.d["syms"][f"sac_lit.{module}"], f"sac_lit.{module}."
+    places = {full: url for full, (url, _) in syms.items()
+              if "._" not in f".{full.removeprefix(start)}"}
     page, = {url.split("#")[0] for url in places.values()}
-    exported = next(n.value for n in parsed((LIB / f"{module}.py").read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
-    wanted = {f"sac_lit.{module}.{name}" for name in ast.literal_eval(exported)} | places.keys() | {url.split("#")[1] for url in places.values()}
+    body = parsed((LIB / f"{module}.py").read_text()).body
+    lists = [n for n in body if isinstance(n, ast.Assign)]
+    exported = next(n.value for n in lists if n.targets[0].id == "__all__")
+    wanted = {start + name for name in ast.literal_eval(exported)} | places.keys()
+    wanted |= {url.split("#")[1] for url in places.values()}
     assert wanted - set(pages[page].ids) == set()
 
 
 def test_links_lead_somewhere(pages):
     for name, page in pages.items():
-        assert len(page.ids) == len(set(page.ids)), f"{name}: {sorted(i for i in page.ids if page.ids.count(i) > 1)}"
+        twice = sorted(i for i in page.ids if page.ids.count(i) > 1)
+        assert not twice, f"{name}: {twice}"
         for link in page.links + page.loaded:
             if re.match(r"[a-z]+:", link): continue
             path, _, anchor = unquote(link).partition("#")
             target = (DOCS / name).parent / path.split("?")[0] if path else DOCS / name
             assert target.exists(), f"{name}: {link}"
-            if anchor: assert anchor in pages[str(target.resolve().relative_to(DOCS))].ids, f"{name}: {link}"
+            if not anchor: continue
+            assert anchor in pages[str(target.resolve().relative_to(DOCS))].ids, f"{name}: {link}"
 
 
 def test_pages_load_nothing_from_a_network(pages):
-    assert not [(name, url) for name, page in pages.items() for url in page.loaded if re.match(r"(https?:)?//", url)]
-    styles = [p for p in DOCS.rglob("*.css") if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", p.read_text())]
-    assert not styles
+    loaded = [(name, url) for name, page in pages.items() for url in page.loaded]
+    assert not [(name, url) for name, url in loaded if re.match(r"(https?:)?//", url)]
+    elsewhere = re.compile(r"(@import|url\()\s*[\"']?(https?:)?//")
+    assert not [p for p in DOCS.rglob("*.css") if elsewhere.search(p.read_text())]
 
 
 def test_pages_read_well(pages):
     for name, page in pages.items():
         prose = "".join(page.prose)
-        assert not re.findall(r"\\[a-zA-Z]{2,}|\\[\[(]|\$[^$\n]+\$|:::", prose), f"{name}: LaTeX or Markdown left"
+        left = re.findall(r"\\[a-zA-Z]{2,}|\\[\[(]|\$[^$\n]+\$|:::", prose)
+        assert not left, f"{name}: LaTeX or Markdown left"
         assert not page.mute, f"{name}: images without a text"
         assert not MACHINE_PATH.search(prose), name
 
@@ -103,28 +121,96 @@ def test_site_is_small():
 
 # ---------------------------------------------------------------- in a browser
 
-def shown(url, tmp_path):
-    "The page as a browser has made it, without a network."
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=20000", "--dump-dom", f"file://{DOCS}/{url}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
 browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+           "--virtual-time-budget=600000", "--allow-file-access-from-files")
+# In each page: what is wider than its place, and what became of the equations.
+MEASURE = """<script>
+const count = (selector, test) => [...document.querySelectorAll(selector)]
+  .filter(x => x.offsetParent && test(x)).length;
+const scrolls = x => x.closest(".scrolls, .output, .cell_output, .pst-scrollable-table-container");
+const measure = () => parent.postMessage({
+  cut: count("div.cell_input pre", x => x.scrollWidth > x.clientWidth + 1),
+  tables: count(".bd-article table",
+                x => x.getBoundingClientRect().right > innerWidth + 1 && !scrolls(x)),
+  wide: document.documentElement.scrollWidth - innerWidth,
+  equations: document.querySelectorAll(".math").length,
+  typeset: document.querySelectorAll("mjx-container").length,
+  faults: document.querySelectorAll("[data-mml-node=merror]").length}, "*");
+addEventListener("load", async () => {
+  if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+  setTimeout(measure, 200);
+});
+</script>"""
+VISIT = """<!doctype html><body><script>
+const found = {}, visit = (page, width) => new Promise(done => {
+  const frame = document.createElement("iframe");
+  frame.style = `width: ${width}px; height: 900px; border: 0`;
+  onmessage = message => { frame.remove(); done(message.data); };
+  frame.src = page;
+  document.body.append(frame);
+});
+(async () => {
+  for (const page of %s)
+    for (const width of [1400, 390]) found[`${page} ${width}`] = await visit(page, width);
+  document.body.textContent = `found: ${JSON.stringify(found)} :end`;
+})();
+</script></body>"""
 
 
-@browser
-@pytest.mark.parametrize("words, page", [("moving threshold", "moving_threshold.html"), ("ClassPrior", "moving_threshold.html#sac_lit.moving_threshold.ClassPrior"),
-                                         ("importance sampling", "importance_sampling.html")])
-def test_search_finds(words, page, tmp_path):
-    found = re.findall(r'<li[^>]*>\s*<a href="([^"]*)"', shown(f"search.html?q={words.replace(' ', '+')}", tmp_path).partition('id="search-results"')[2])
-    assert page in [re.sub(r"\?[^#]*", "", link).rstrip("#") for link in found[:3]]
+def dumped(url, profile):
+    "The page as a browser has made it, without a network."
+    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}", "--dump-dom", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout
 
 
-@browser
-@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
-def test_equations_are_typeset(path, tmp_path):
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory):
+    "What a browser says of every page, as wide as a desk's screen and as narrow as a phone's."
     from directives import page
-    made = shown(f"{page(path)}.html", tmp_path).partition("<body")[2]
-    assert made.count("<mjx-container") == len(re.findall(r'class="math ', made))
-    assert "merror" not in made
+    place = tmp_path_factory.mktemp("visited")
+    for path in DOCS.iterdir():
+        if path.suffix != ".html": (place / path.name).symlink_to(path)
+    names = [f"{page(path)}.html" for path in NOTEBOOKS] + ["reference.html"]
+    for name in names:
+        text = (DOCS / name).read_text()
+        (place / name).write_text(text.replace("</head>", f"{MEASURE}</head>", 1))
+    (place / "visit.html").write_text(VISIT % json.dumps(names))
+    made = dumped(f"file://{place}/visit.html", place / "profile")
+    return json.loads(html.unescape(re.search(r"found: (.*) :end", made)[1]))
+
+
+@browser
+@each
+def test_nothing_is_cut_off(path, visited):
+    "At 1400 pixels all code fits; at 390 wide things scroll in their own frame, not the page."
+    from directives import page
+    desk, phone = (visited[f"{page(path)}.html {width}"] for width in (1400, 390))
+    assert desk["cut"] == desk["tables"] == phone["tables"] == 0
+    assert desk["wide"] <= 0 and phone["wide"] <= 0
+
+
+@browser
+@each
+def test_equations_are_typeset(path, visited):
+    from directives import page
+    seen = visited[f"{page(path)}.html 1400"]
+    assert seen["equations"] == seen["typeset"] and not seen["faults"]
+
+
+@browser
+@pytest.mark.parametrize("words, page", [
+    ("moving threshold", "moving_threshold.html"),
+    ("ClassPrior", "moving_threshold.html#sac_lit.moving_threshold.ClassPrior"),
+    ("importance sampling", "importance_sampling.html"),
+    ("batch size", "config.html"), ("view 0", "views.html"), ("ignore", "datasets.html"),
+    ("own data", "train.html"), ("learning rate", "config.html")])
+def test_search_finds(words, page, tmp_path):
+    made = dumped(f"file://{DOCS}/search.html?q={words.replace(' ', '+')}", tmp_path / "profile")
+    results = made.partition('id="search-results"')[2]
+    links = re.findall(r'<li[^>]*>\s*<a href="([^"]*)"', results)
+    links = [re.sub(r"\?[^#]*", "", link).rstrip("#") for link in links]
+    found = [link if "#" in page else link.split("#")[0] for link in links[:3]]
+    assert page in found

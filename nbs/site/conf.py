@@ -10,7 +10,8 @@ settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parents[2] / "settings.ini")
 settings = settings["DEFAULT"]
 
-project, author, version, copyright = (settings[key] for key in ("title", "author", "version", "copyright"))
+project, author = settings["title"], settings["author"]
+version, copyright = settings["version"], settings["copyright"]
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton", "excerpts", "links"]
 nb_execution_mode = "off"
@@ -33,12 +34,15 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_logo = "static/logo.svg"
 html_favicon = "static/logo.svg"
-html_show_sourcelink = html_copy_source = html_use_index = html_domain_indices = False
+html_show_sourcelink = html_copy_source = False
+html_use_index = html_domain_indices = False
 html_permalinks_icon = "#"
 html_context = {"default_mode": "auto"}
 html_theme_options = {
-    "navbar_persistent": [], "use_download_button": False, "use_fullscreen_button": False, "show_toc_level": 2, "show_navbar_depth": 1,
-    "logo": {"text": project, "alt_text": "Three frames, one inside the others"}, "pygments_light_style": "friendly", "pygments_dark_style": "github-dark",
+    "navbar_persistent": [], "use_download_button": False, "use_fullscreen_button": False,
+    "show_toc_level": 2, "show_navbar_depth": 1,
+    "logo": {"text": project, "alt_text": "Three frames, one inside the others"},
+    "pygments_light_style": "friendly", "pygments_dark_style": "github-dark",
 }
 mathjax_path = "tex-svg.js"   # copied into _static: equations need no network
 mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "global"}}
@@ -46,9 +50,11 @@ copybutton_selector = "div.cell_input pre, div.highlight-sh pre, div.highlight-b
 
 
 def as_written(app, doctree) -> None:
-    "Equations reach MathJax as they are: Sphinx would put one with several lines into an environment that allows no tag."
+    "Equations reach MathJax as they are: Sphinx's environment for several lines allows no tag."
     for node in doctree.findall(nodes.math_block):
-        if not node.get("nowrap"): node.children, node["no-wrap"] = [nodes.Text(rf"\[{node.astext()}\]")], True
+        if node.get("nowrap"): continue
+        node.children = [nodes.Text(rf"\[{node.astext()}\]")]
+        node["no-wrap"] = True
 
 
 def setup(app) -> None: app.connect("doctree-read", as_written)

@@ -1,7 +1,8 @@
-"""The notebooks as their readers see them, for readme.py and build.py: directives followed, their lines gone.
+"""The notebooks as their readers see them, for readme.py and build.py: directives followed.
 
-nbdev's processors follow nbdev's directives. Quarto's (echo, include, output, label, fig-alt, fig-cap), which they leave
-in place, are followed here as far as they hide something; all are handed on in the metadata of the cell.
+nbdev's processors follow nbdev's directives. Quarto's (echo, include, output, label, fig-alt,
+fig-cap), which they leave in place, are followed here as far as they hide something; all are
+handed on in the metadata of the cell.
 """
 import ast
 import re
@@ -13,13 +14,16 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, strip_ansi
 
 NBS = Path(__file__).parents[1]
-LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")                            # relative: path, anchor
-CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:::$", re.M | re.S)       # kind, attributes, body
+FIRST, LAST = ("index", "method"), ("changing",)   # pages beside the numbered ones
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")      # relative: path, anchor
+CALLOUT = re.compile(  # kind, attributes, body
+    r"^::: *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:::$", re.M | re.S)
 
 
 def notebooks() -> list[Path]:
     "In the order of reading."
-    return [NBS / "index.ipynb", *sorted(NBS.glob("[0-9]*.ipynb"))]
+    named = lambda names: [NBS / f"{name}.ipynb" for name in names]
+    return [*named(FIRST), *sorted(NBS.glob("[0-9]*.ipynb")), *named(LAST)]
 
 
 def page(path: Path) -> str:
@@ -53,9 +57,10 @@ def value(text: str) -> str:
 
 
 def follow(cell: nbformat.NotebookNode) -> bool:
-    "Keep Quarto's options of a code cell as metadata `options`; false where the cell is not shown."
+    "Keep Quarto's options of a code cell as metadata `options`; false where it is not shown."
     if cell.cell_type != "code": return True
-    options = {k: value(v) for k, v in re.findall(r"^#\| *([\w-]+) *: *(.*?) *$", cell.source, re.M)}
+    lines = re.findall(r"^#\| *([\w-]+) *: *(.*?) *$", cell.source, re.M)
+    options = {name: value(text) for name, text in lines}
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     cell.metadata["options"] = options
     if options.get("output") == "false": cell.outputs = []
@@ -65,6 +70,7 @@ def follow(cell: nbformat.NotebookNode) -> bool:
 def read(path: Path, *more) -> nbformat.NotebookNode:
     "The notebook, by nbdev's processors and any more of them."
     procs = [mark_export, strip_ansi, hide_line, filter_stream_, clean_magics, hide_, *more]
-    nb = nbformat.reads(nb2str(NBProcessor(path, procs, process=True).nb), as_version=4)
+    processed = NBProcessor(path, procs, process=True).nb
+    nb = nbformat.reads(nb2str(processed), as_version=4)
     nb.cells = [cell for cell in nb.cells if follow(cell)]
     return nb

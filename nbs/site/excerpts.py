@@ -1,7 +1,8 @@
 """An extension of Sphinx: the search shows excerpts from files, too.
 
-Sphinx's search reads them from the pages that it finds, which a browser forbids to a page that was opened from a file.
-Here a script holds the texts of all pages, and only the search page loads it.
+Sphinx's search reads them from the pages that it finds, which a browser forbids to a page that
+was opened from a file. Here a script holds the texts of all pages, and only the search page loads
+it.
 """
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from docutils import nodes
 
 TEXTS = {}
+NO_PROSE = nodes.raw, nodes.literal_block, nodes.math, nodes.math_block
 SCRIPT = """const texts = {};
 window.fetch = async url => ({{ text: () => texts[url.split("/").pop()] }});
 Search.htmlToText = text => text;
@@ -19,7 +21,8 @@ def collect(app, pagename: str, templatename, context, doctree) -> None:
     "The prose of a page; the search page gets the script."
     if pagename == "search": app.add_js_file("excerpts.js", loading_method="defer")
     if not doctree: return
-    found = (text.astext() for text in doctree.findall(nodes.Text) if not isinstance(text.parent, (nodes.raw, nodes.literal_block, nodes.math, nodes.math_block)))
+    texts = doctree.findall(nodes.Text)
+    found = (text.astext() for text in texts if not isinstance(text.parent, NO_PROSE))
     TEXTS[f"{pagename}{app.builder.out_suffix}"] = " ".join(" ".join(found).split())
 
 

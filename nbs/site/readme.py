@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb: `python nbs/site/readme.py`. Its figures go to docs/README_files.
 
-directives.py follows the directives and nbconvert writes the Markdown. Figures and callouts are written as GitHub shows
-them best.
+directives.py follows the directives and nbconvert writes the Markdown. Figures and callouts are
+written as GitHub shows them best.
 """
 import base64
 import posixpath
@@ -29,19 +29,24 @@ def for_github(text: str) -> str:
 def alert(callout: re.Match) -> str:
     kind, attributes, body = callout.groups()
     title = title_of(attributes)
-    lines = [f"[!{kind.upper()}]", *([f"**{title}**", ""] if title else []), *body.strip().splitlines()]
+    heading = [f"**{title}**", ""] if title else []
+    lines = [f"[!{kind.upper()}]", *heading, *body.strip().splitlines()]
     return "\n".join(f"> {line}".rstrip() for line in lines)
 
 
 def take_figures(cell: nbformat.NotebookNode, number: int) -> dict[str, bytes]:
     "The PNGs of a cell by path; Markdown that shows them takes their place among its outputs."
     taken, options = {}, cell.metadata.options
+    caption = options.get("fig-cap", "")
     for output in cell.outputs:
         if "image/png" not in output.get("data", {}): continue
-        path = f"{FIGURES}/{options.get('label', f'figure-{number}')}{f'-{len(taken) + 1}' if taken else ''}.png"
+        name = options.get("label", f"figure-{number}") + (f"-{len(taken) + 1}" if taken else "")
+        path = f"{FIGURES}/{name}.png"
         taken[path] = base64.b64decode(output.data["image/png"])
-        output.data = {"text/markdown": f"![{options.get('fig-alt', options.get('fig-cap', ''))}]({path})"}
-    if taken and "fig-cap" in options: cell.outputs.append(nbformat.v4.new_output("display_data", {"text/markdown": f"*{options['fig-cap']}*"}))
+        output.data = {"text/markdown": f"![{options.get('fig-alt', caption)}]({path})"}
+    if taken and caption:
+        data = {"text/markdown": f"*{caption}*"}
+        cell.outputs.append(nbformat.v4.new_output("display_data", data))
     return taken
 
 
@@ -53,7 +58,8 @@ def readme(notebook: Path = ROOT / "nbs" / "index.ipynb") -> tuple[str, dict[str
         if cell.cell_type == "markdown":
             cell.source = for_github(cell.source)
             continue
-        if cell.metadata.options.get("echo") == "false": cell.metadata["transient"] = {"remove_source": True}
+        hidden = cell.metadata.options.get("echo") == "false"
+        if hidden: cell.metadata["transient"] = {"remove_source": True}
         figures |= take_figures(cell, len(figures) + 1)
     text, _ = MarkdownExporter().from_notebook_node(nb)
     return f"{NOTE}\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", figures

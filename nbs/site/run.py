@@ -1,7 +1,8 @@
-"""Run notebooks in place, clean them, export the library and the README: `python nbs/site/run.py [name ...]`.
+"""Run notebooks in place, clean them, export the library: `python nbs/site/run.py [name ...]`.
 
-Without names, all notebooks in the order of reading. Cells that nbdev's tests leave out (`eval: false`, and the flags
-in settings.ini) are not run and keep their outputs. A second run leaves no difference.
+Without names, all notebooks in the order of reading; the README is written too. Cells that
+nbdev's tests leave out (`eval: false`, and the flags in settings.ini) are not run and keep their
+outputs. A second run leaves no difference.
 """
 import os
 import re
@@ -15,33 +16,41 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
 
 import readme
+from directives import NBS, notebooks
 
-ROOT = Path(__file__).parents[2]
-NBS = ROOT / "nbs"
+ROOT = NBS.parent
+ENV = {  # what digits and figures depend on; nobody watches
+    "OMP_NUM_THREADS": "2", "IN_TEST": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 
 class Client(NotebookClient):
     "Runs a notebook by nbdev's rules; nbclient by itself knows no directives."
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         directives = dict(re.findall(r"^#\| *(\w+)(?:: *(\w+))?", cell.source, re.M))
-        left_out = directives.get("eval", "").lower() == "false" or directives.keys() & set(get_config().tst_flags.split())
-        return cell if left_out or "nbdev_export()" in cell.source else await super().async_execute_cell(cell, cell_index, **kwargs)
+        flags = set(get_config().tst_flags.split())
+        left_out = directives.get("eval", "").lower() == "false" or directives.keys() & flags
+        if left_out or "nbdev_export()" in cell.source: return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
 def run(path: Path) -> None:
     "Execute one notebook in its folder and clean it. After an error it is unchanged on disk."
     nb = nbformat.read(path, as_version=4)
-    Client(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = Client(nb, timeout=600, kernel_name="python3", record_timing=False,
+                    coalesce_streams=True, resources=resources)
+    client.execute()
     nbformat.write(nb, path)
     nbdev_clean(fname=str(path))  # no execution counts, no memory addresses; outputs stay
 
 
 def main(names: list[str]) -> None:
     os.chdir(ROOT)  # where nbdev looks for settings.ini
-    os.environ |= {"OMP_NUM_THREADS": "2", "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # digits and figures depend on them
-                   "IN_TEST": "1"}  # nobody watches
-    paths = [NBS / f"{Path(n).stem}.ipynb" for n in names] or [*sorted(NBS.glob("[0-9]*.ipynb")), NBS / "index.ipynb"]
-    if missing := [p.name for p in paths if not p.exists()]: sys.exit(f"nbs/ holds no {', '.join(missing)}")
+    os.environ |= ENV
+    paths = [NBS / f"{Path(n).stem}.ipynb" for n in names] or notebooks()
+    missing = [p.name for p in paths if not p.exists()]
+    if missing: sys.exit(f"nbs/ holds no {', '.join(missing)}")
     nbdev_export()  # first, since notebooks import the ones before them
     for path in paths:
         print(path.name, flush=True)
