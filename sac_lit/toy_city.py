@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'WALL', 'FENCE', 'POLE', 'LIGHT', 'SIGN', 'VEGETATION', 'TERRAIN', 'SKY', 'PERSON',
-           'RIDER', 'CAR', 'TRUCK', 'BUS', 'TRAM', 'MOTORCYCLE', 'BICYCLE', 'CIRCLE', 'MATERIALS', 'THINGS', 'BLACK',
-           'WINDOW', 'HEAD', 'TAIL', 'TOWNS', 'PLOTS', 'STEP', 'GRAIN', 'EFFECTS', 'CLEAN', 'DOMAINS', 'LAYOUTS',
-           'RECORD', 'VERSION', 'Camera', 'Plane', 'shade', 'Stage', 'colours_of', 'windows', 'shops', 'building',
-           'wall', 'fence', 'crown', 'tree', 'hedge', 'pole', 'lamp', 'traffic_light', 'traffic_sign', 'lamps',
-           'flank_of', 'car', 'coach', 'bus', 'truck', 'tram', 'torso', 'person', 'wheel', 'bicycle', 'motorcycle',
+           'RIDER', 'CAR', 'TRUCK', 'BUS', 'TRAM', 'MOTORCYCLE', 'BICYCLE', 'TOWNS', 'STEP', 'EFFECTS', 'DOMAINS',
+           'RECORD', 'Camera', 'Stage', 'colours_of', 'building', 'wall', 'fence', 'tree', 'hedge', 'pole', 'lamp',
+           'traffic_light', 'traffic_sign', 'lamps', 'car', 'bus', 'truck', 'tram', 'person', 'bicycle', 'motorcycle',
            'two_wheeler', 'Town', 'Street', 'backdrop', 'roadway', 'plot', 'line_street', 'traffic', 'pavements',
-           'bonnet', 'as_picture', 'as_floats', 'draw_scene', 'noise_tile', 'noise', 'add_texture', 'haze', 'exposure',
-           'contrast', 'tint', 'fade', 'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain', 'camera_amounts',
-           'check_scene', 'render_parts', 'render', 'write_png16', 'ids_on_disk', 'save_gta5', 'save_synthia',
-           'save_cityscapes', 'file_in', 'is_there', 'write_dataset', 'main']
+           'people', 'bonnet', 'as_picture', 'as_floats', 'draw_scene', 'noise_tile', 'noise', 'add_texture', 'haze',
+           'exposure', 'contrast', 'tint', 'fade', 'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain',
+           'render', 'write_png16', 'ids_on_disk', 'write_dataset', 'main']
 
 # %% ../nbs/00a_toy_city.ipynb #26e755e8
 from functools import lru_cache
@@ -25,16 +22,15 @@ import io
 import json
 import random
 import struct
-import sys
 import tempfile
 import zlib
 
 from PIL import Image, ImageDraw, ImageFilter
-from fastprogress import progress_bar
 import numpy as np
 import torch
 
-from .core import CLASSES, IGNORE_INDEX, UserError, seed_of
+from .core import (
+    CLASSES, IGNORE_INDEX, UserError, clean_exit, progress, seed_of)
 
 # %% ../nbs/00a_toy_city.ipynb #31513cb8
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION,  # train ids by name
@@ -42,7 +38,7 @@ from .core import CLASSES, IGNORE_INDEX, UserError, seed_of
 
 # %% ../nbs/00a_toy_city.ipynb #15200ddf
 class Camera(NamedTuple):
-    "A pinhole above the road that looks straight ahead. Lengths in metres, the focal length and its centre in pixels."
+    "A pinhole above the road that looks straight ahead; lengths in metres, focal length in pixels."
     focal: float
     centre: float      # column of the vanishing point
     horizon: float     # row of the vanishing point
@@ -50,20 +46,21 @@ class Camera(NamedTuple):
     offset: float = 0.  # to the right of the middle of the road
 
     def pixel(self, x, y, z, near=.6):
-        "Column and row of the point `x` metres to the right, `y` up and `z` ahead; nothing is nearer than `near`."
+        "Column and row of the point `x` metres to the right, `y` up, `z` (`near` at least) ahead."
         k = self.focal / max(z, near)  # pixels a metre
         return self.centre + k * (x - self.offset), self.horizon + k * (self.height - y)
 
 # %% ../nbs/00a_toy_city.ipynb #49775cb5
-CIRCLE = [(cos(i * pi / 6), sin(i * pi / 6)) for i in range(12)]  # of radius 1, as a polygon of twelve corners
+# of radius 1, as a polygon of twelve corners
+_CIRCLE = [(cos(i * pi / 6), sin(i * pi / 6)) for i in range(12)]
 
-class Plane:
-    "A flat surface of the scene, drawn on in metres: whatever is painted in the picture is marked in the map of parts as well."
+class _Plane:
+    "A flat surface, drawn on in metres: what is painted is marked in the map of parts as well."
     def __init__(self, stage, project, part):
         self.stage, self.project, self.part = stage, project, part
 
     def poly(self, points, colour=None):
-        "Fill a polygon; without a colour only its label is drawn, and on a plane without a class only its colour."
+        "Fill a polygon; without a colour only its label is drawn, without a class only its colour."
         pixels = [self.project(*p) for p in points]
         if colour: self.stage.brush.polygon(pixels, fill=colour)
         if self.part: self.stage.marker.polygon(pixels, fill=self.part)
@@ -74,20 +71,22 @@ class Plane:
 
     def disc(self, a, b, r, colour=None, squash=1.):
         "A disc of radius r, `squash` times as high as wide."
-        self.poly([(a + r * c, b + r * squash * s) for c, s in CIRCLE], colour)
+        self.poly([(a + r * c, b + r * squash * s) for c, s in _CIRCLE], colour)
 
     def bar(self, a0, b0, a1, b1, width, colour=None):
         "A thick straight line."
         k = width / 2 / max(hypot(a1 - a0, b1 - b0), 1e-6)
         da, db = (b0 - b1) * k, (a1 - a0) * k
-        self.poly(((a0 + da, b0 + db), (a1 + da, b1 + db), (a1 - da, b1 - db), (a0 - da, b0 - db)), colour)
+        self.poly(
+            ((a0 + da, b0 + db), (a1 + da, b1 + db), (a1 - da, b1 - db), (a0 - da, b0 - db)), colour
+        )
 
     def width(self, a0, a1) -> float:
-        "Pixels between two points at the foot of the plane; details smaller than that are not worth drawing."
+        "Pixels between two points at the foot of the plane; smaller details are not worth drawing."
         return abs(self.project(a1, 0)[0] - self.project(a0, 0)[0])
 
 # %% ../nbs/00a_toy_city.ipynb #09ee7b76
-def shade(colour, k):
+def _shade(colour, k):
     "A lighter (k > 1) or darker colour."
     return tuple(max(0, min(255, int(c * k))) for c in colour)
 
@@ -98,13 +97,14 @@ class Stage:
         self.camera, self.colours, self.dice, self.sun = camera, colours, dice, sun
         self.picture, self.numbers = Image.new("RGB", size[::-1]), Image.new("I", size[::-1])
         self.brush, self.marker = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.numbers)
-        self.parts = [(SKY, 1e3, 0)]  # class, depth (0: by the row, on the ground) and thing of each part; part 0 is the empty canvas
+        # class, depth (0: on the ground, by the row) and thing of each part; part 0: the canvas
+        self.parts = [(SKY, 1e3, 0)]
         self.thing = 0                # number of the thing that is being drawn
 
     def plane(self, project, cls, z):
-        "A plane with a new part: `project` takes its coordinates to pixels; without a class it can only be painted."
+        "A plane with a new part: `project` takes its coordinates to pixels."
         if cls is not None: self.parts.append((cls, z, self.thing))
-        return Plane(self, project, None if cls is None else len(self.parts) - 1)
+        return _Plane(self, project, None if cls is None else len(self.parts) - 1)
 
     def facing(self, x, z, cls=None):
         "The plane that faces the camera at depth z: metres to the right of x, metres up."
@@ -126,7 +126,10 @@ class Stage:
     def colour(self, material, spread=12):
         "One of the town's colours of a material, a little varied."
         d, tint = self.dice, self.dice.gauss(0, spread)
-        return tuple(max(0, min(255, int(c + tint + d.gauss(0, spread / 3)))) for c in d.choice(self.colours[material]))
+        return tuple(
+            max(0, min(255, int(c + tint + d.gauss(0, spread / 3))))
+            for c in d.choice(self.colours[material])
+        )
 
     def light(self, side):
         "How bright the sun makes what stands on the left (-1) or right (1) of the road."
@@ -142,51 +145,67 @@ class Stage:
         numbers = np.asarray(self.numbers)[step // 2::step, step // 2::step]
         rows = np.arange(self.height)[step // 2::step, None] - self.camera.horizon
         ground = self.camera.focal * self.camera.height / np.maximum(rows, .5)
-        return cls[numbers].astype(np.uint8), np.where(depth[numbers] > 0, depth[numbers], ground).astype(np.float32), thing[numbers]
+        return (
+            cls[numbers].astype(np.uint8),
+            np.where(depth[numbers] > 0, depth[numbers], ground).astype(np.float32),
+            thing[numbers],
+        )
 
 # %% ../nbs/00a_toy_city.ipynb #76c4860f
-MATERIALS = {  # material: colours of the source town, colours of the target town
-    "facade": ("e6cfa8 d89c80 efe6d6 c07a62 b4bccb d9c58e a87a62 f0d8b0", "a89c8c 8c7662 bab6ae 7a5c50 787c7e b0a480 64544a 94887a"),
-    "roof":   ("a0563c 8a6a58 7c7470", "684038 4a484a 5a4c46"),
-    "glass":  ("608cb2 466a92 86aecc", "3a444a 545c60 767c7e"),
-    "frame":  ("f4f0e8", "cacac6"),
-    "road":   ("706e6c 7a7876", "5c5e61 66676a"),
-    "walk":   ("b6ac9e c2b6a6", "7e7a7a 8c8682"),
-    "kerb":   ("d0ccc4", "918f8d"),
-    "paint":  ("f2ecd4", "c4c4c0"),
+# material: colours of the source town, colours of the target town
+_MATERIALS = {
+    "facade": (
+        "e6cfa8 d89c80 efe6d6 c07a62 b4bccb d9c58e a87a62 f0d8b0",
+        "a89c8c 8c7662 bab6ae 7a5c50 787c7e b0a480 64544a 94887a",
+    ),
+    "roof": ("a0563c 8a6a58 7c7470", "684038 4a484a 5a4c46"),
+    "glass": ("608cb2 466a92 86aecc", "3a444a 545c60 767c7e"),
+    "frame": ("f4f0e8", "cacac6"),
+    "road": ("706e6c 7a7876", "5c5e61 66676a"),
+    "walk": ("b6ac9e c2b6a6", "7e7a7a 8c8682"),
+    "kerb": ("d0ccc4", "918f8d"),
+    "paint": ("f2ecd4", "c4c4c0"),
     "shadow": ("464a52", "4e5052"),
-    "soil":   ("86a048 a09658 76a440", "5c643e 686248 50603a"),
-    "leaf":   ("3e862c 569434 2e6c34 6ca03c", "344c2c 425632 52542e 5e5a30"),
-    "trunk":  ("6c4e32", "3e3632"),
-    "wall":   ("9aa48c 8a8c82 a6a48c", "74786a 66686a 7c7a6c"),
-    "fence":  ("7a6248 d6d4ce 484e52", "544a40 7e8282 383e3c"),
-    "metal":  ("989a9c 707476 4e565a", "6c7070 4c5050 585e58"),
+    "soil": ("86a048 a09658 76a440", "5c643e 686248 50603a"),
+    "leaf": ("3e862c 569434 2e6c34 6ca03c", "344c2c 425632 52542e 5e5a30"),
+    "trunk": ("6c4e32", "3e3632"),
+    "wall": ("9aa48c 8a8c82 a6a48c", "74786a 66686a 7c7a6c"),
+    "fence": ("7a6248 d6d4ce 484e52", "544a40 7e8282 383e3c"),
+    "metal": ("989a9c 707476 4e565a", "6c7070 4c5050 585e58"),
     "zenith": ("4a8ce2 6aa4ea 5a86d0", "b0bcc6 9ab0c4 bcbebe"),
-    "sky":    ("bedcf6 d8e6f2 f6dcc0", "dcdedc d2d8dc e4e2dc"),
-    "car":    ("c82024 2050b8 eeeeee 2a2a2e e8b820 2c8654 a2a4a8 e07028", "24262a 5c6064 a4a8aa ced0d0 283456 702424 3c423c 8a8478"),
-    "bus":    ("ee9a20 2c7cc2 d83c34", "c49640 963230 5a7c8c"),
-    "truck":  ("eeeee8 c04030 3e5c98 3c8c6c", "c4c4be 4a5c7a 966e3c 6c4a44"),
-    "tram":   ("cc2a2a e8e0cc 2c7c5c", "baaa40 a02c2c c0baa8"),
-    "skin":   ("e2b494 966a4c c4906c", "c49c84 8c644e ac8468"),
-    "hair":   ("2a201c 5a402a 9a845a 7a7a7a", "2a201c 4a3828 8a7a5a 7a7a7a"),
-    "cloth":  ("cc3434 3452b8 f0f0ec 2a2a2e 3c985c dcbe3c 8a4c9a", "2c2e36 563c38 3c4a68 827e78 683034 323e32 9a948a"),
-    "sign":   ("d42020 1e5cc0 f0c828", "b22828 284e96 ceb03c")}
-THINGS = {"car", "bus", "truck", "tram", "skin", "hair", "cloth", "sign", "metal"}  # travel better than facades and soil
+    "sky": ("bedcf6 d8e6f2 f6dcc0", "dcdedc d2d8dc e4e2dc"),
+    "car": (
+        "c82024 2050b8 eeeeee 2a2a2e e8b820 2c8654 a2a4a8 e07028",
+        "24262a 5c6064 a4a8aa ced0d0 283456 702424 3c423c 8a8478",
+    ),
+    "bus": ("ee9a20 2c7cc2 d83c34", "c49640 963230 5a7c8c"),
+    "truck": ("eeeee8 c04030 3e5c98 3c8c6c", "c4c4be 4a5c7a 966e3c 6c4a44"),
+    "tram": ("cc2a2a e8e0cc 2c7c5c", "baaa40 a02c2c c0baa8"),
+    "skin": ("e2b494 966a4c c4906c", "c49c84 8c644e ac8468"),
+    "hair": ("2a201c 5a402a 9a845a 7a7a7a", "2a201c 4a3828 8a7a5a 7a7a7a"),
+    "cloth": (
+        "cc3434 3452b8 f0f0ec 2a2a2e 3c985c dcbe3c 8a4c9a",
+        "2c2e36 563c38 3c4a68 827e78 683034 323e32 9a948a",
+    ),
+    "sign": ("d42020 1e5cc0 f0c828", "b22828 284e96 ceb03c"),
+}
+# travel better than facades and soil
+_THINGS = {"car", "bus", "truck", "tram", "skin", "hair", "cloth", "sign", "metal"}
 
 def colours_of(foreign: float,  # 0: the source town, 1: the target town
               ) -> dict:        # material: list of RGB colours
     "The colours of a town that is foreign by degree; movable things change half as much."
     rgb = lambda text: np.array([list(bytes.fromhex(c)) for c in text.split()], float)
     colours = {}
-    for material, (home, away) in MATERIALS.items():
-        home, away, u = rgb(home), rgb(away), foreign * (.5 if material in THINGS else 1.)
+    for material, (home, away) in _MATERIALS.items():
+        home, away, u = rgb(home), rgb(away), foreign * (.5 if material in _THINGS else 1.)
         mixed = away * u + home[np.arange(len(away)) % len(home)] * (1 - u) if foreign else home
         colours[material] = [tuple(c) for c in mixed.astype(int).tolist()]
     return colours
 
 # %% ../nbs/00a_toy_city.ipynb #1a212e8e
-def windows(plane, a0, a1, storeys, storey, glass, frame, dice, first=0, step=2.7):
-    "Rows of framed windows between a0 and a1; those that would be narrower than a pixel or two are left out."
+def _windows(plane, a0, a1, storeys, storey, glass, frame, dice, first=0, step=2.7):
+    "Rows of framed windows between a0 and a1; those of a pixel or two are left out."
     n = max(1, int(abs(a1 - a0) / step))
     w, share = (a1 - a0) / n, dice.uniform(.2, .28)
     for i in range(n):
@@ -195,56 +214,69 @@ def windows(plane, a0, a1, storeys, storey, glass, frame, dice, first=0, step=2.
         for j in range(first, storeys if pixels > 1.5 else 0):
             y = j * storey + .95
             if pixels > 4: plane.rect(a - .09 * w, y - .1, b + .09 * w, y + 1.65, frame)
-            plane.rect(a, y, b, y + 1.55, shade(glass, dice.uniform(.75, 1.2)))
+            plane.rect(a, y, b, y + 1.55, _shade(glass, dice.uniform(.75, 1.2)))
 
-def shops(plane, a0, a1, glass, awning, dice):
+def _shops(plane, a0, a1, glass, awning, dice):
     "A ground floor of shop windows under an awning, and a door."
-    plane.rect(a0 + .3, .35, a1 - .3, 2.5, shade(glass, .75))
+    plane.rect(a0 + .3, .35, a1 - .3, 2.5, _shade(glass, .75))
     n = max(1, int((a1 - a0) / 3))
     w = (a1 - a0) / n
-    for i in range(n): plane.rect(a0 + i * w + .3, .35, a0 + i * w + .45, 2.5, shade(glass, .5))
+    for i in range(n): plane.rect(a0 + i * w + .3, .35, a0 + i * w + .45, 2.5, _shade(glass, .5))
     door = a0 + dice.randrange(n) * w
-    plane.rect(door + .6, 0, door + 1.6, 2.2, shade(glass, .35))
+    plane.rect(door + .6, 0, door + 1.6, 2.2, _shade(glass, .35))
     plane.rect(a0 + .2, 2.4, a1 - .2, 2.9, awning)
 
 def building(stage, side, x, z0, z1, storeys):
     "A house along the road from z0 to z1, with the gable that looks at the camera."
     d, light = stage.dice, stage.light(side)
-    facade, glass, frame = stage.colour("facade"), shade(stage.colour("glass"), light), shade(stage.colour("frame", 4), light)
+    facade, glass, frame = (
+        stage.colour("facade"),
+        _shade(stage.colour("glass"), light),
+        _shade(stage.colour("frame", 4), light),
+    )
     storey, z = d.uniform(2.8, 3.4), (z0 + z1) / 2
     height, shop = storeys * storey + .5, storeys > 1 and d.random() < .45
     if d.random() < .5:  # a pitched roof, or a cornice
-        roof, top = shade(stage.colour("roof"), light), height + d.uniform(1.2, 2.4)
-        stage.space(z, BUILDING).poly(((x, height, z0), (x, height, z1), (x + side * 2, top, z1), (x + side * 2, top, z0)), roof)
-        stage.facing(x, z0, BUILDING).poly(((0, height), (side * 2, top), (side * 10, top), (side * 12, height)), shade(facade, .8 * light))
+        roof, top = _shade(stage.colour("roof"), light), height + d.uniform(1.2, 2.4)
+        stage.space(z, BUILDING).poly(
+            ((x, height, z0), (x, height, z1), (x + side * 2, top, z1), (x + side * 2, top, z0)),
+            roof,
+        )
+        stage.facing(x, z0, BUILDING).poly(
+            ((0, height), (side * 2, top), (side * 10, top), (side * 12, height)),
+            _shade(facade, 0.8 * light),
+        )
     gable = stage.facing(x, z0, BUILDING)
-    gable.rect(0, 0, side * 12, height, shade(facade, .84 * light))
+    gable.rect(0, 0, side * 12, height, _shade(facade, .84 * light))
     gable.part = None  # what follows lies on the gable: its label is there already
-    if z0 > 4: windows(gable, side, side * 10, storeys, storey, glass, frame, d, step=3.2)
+    if z0 > 4: _windows(gable, side, side * 10, storeys, storey, glass, frame, d, step=3.2)
     face = stage.along(x, z, BUILDING)
-    face.rect(z0, 0, z1, height, shade(facade, light))
-    face.rect(z0, height - .3, z1, height + .12, shade(facade, .78 * light))
+    face.rect(z0, 0, z1, height, _shade(facade, light))
+    face.rect(z0, height - .3, z1, height + .12, _shade(facade, .78 * light))
     face.part = None
-    face.rect(z0, 0, z1, .35, shade(facade, .7 * light))
-    if shop: shops(face, z0, z1, glass, shade(stage.colour("cloth"), light), d)
-    windows(face, z0, z1, storeys, storey, glass, frame, d, first=int(shop))
+    face.rect(z0, 0, z1, .35, _shade(facade, .7 * light))
+    if shop: _shops(face, z0, z1, glass, _shade(stage.colour("cloth"), light), d)
+    _windows(face, z0, z1, storeys, storey, glass, frame, d, first=int(shop))
 
 def wall(stage, side, x, z0, z1, height):
     "A wall of stone courses under a coping."
-    stone = shade(stage.colour("wall"), stage.light(side))
+    stone = _shade(stage.colour("wall"), stage.light(side))
     face = stage.along(x, (z0 + z1) / 2, WALL)
     face.rect(z0, 0, z1, height, stone)
     for row in range(int(height / .4)):
-        face.rect(z0, row * .4, z1, row * .4 + .04, shade(stone, .84))
+        face.rect(z0, row * .4, z1, row * .4 + .04, _shade(stone, .84))
         n = int((z1 - z0) / 1.6)
         for i in range(n if z0 < 20 else 0):
             a = z0 + (i + .5 * (row % 2)) * 1.6
-            face.rect(a, row * .4, a + .05, row * .4 + .4, shade(stone, .86))
-    face.rect(z0, height - .1, z1, height + .08, shade(stone, 1.12))
+            face.rect(a, row * .4, a + .05, row * .4 + .4, _shade(stone, .86))
+    face.rect(z0, height - .1, z1, height + .08, _shade(stone, 1.12))
 
 def fence(stage, side, x, z0, z1, height):
     "Pickets and two rails; the label covers the gaps too, as annotators draw it."
-    colour, face = shade(stage.colour("fence"), stage.light(side)), stage.along(x, (z0 + z1) / 2, FENCE)
+    colour, face = (
+        _shade(stage.colour("fence"), stage.light(side)),
+        stage.along(x, (z0 + z1) / 2, FENCE),
+    )
     face.rect(z0, 0, z1, height)
     face.part, z = None, z0
     while z < z1:
@@ -252,28 +284,44 @@ def fence(stage, side, x, z0, z1, height):
         z += max(.3, .012 * z)
     for y in (.2, height - .15): face.rect(z0, y, z1, y + .09, colour)
 
-def crown(plane, a, b, r, leaf, n, dice, squash=1.):
+def _crown(plane, a, b, r, leaf, n, dice, squash=1.):
     "Foliage: a dark mass below, lighter tufts above."
-    plane.disc(a, b, r * .8, shade(leaf, .72), squash)
+    plane.disc(a, b, r * .8, _shade(leaf, .72), squash)
     for i in range(n):
         t, angle, far = i / n, dice.uniform(0, 2 * pi), r * dice.uniform(.3, .85)
         tone = .7 + .5 * t + dice.uniform(-.08, .08)
-        size, up = r * (.5 - .3 * t) * dice.uniform(.8, 1.1), far * sin(angle) * (.95 - .3 * t) + .3 * r * t
-        plane.disc(a + far * cos(angle), b + up * squash, size, shade(leaf, tone))
+        size, up = (
+            r * (0.5 - 0.3 * t) * dice.uniform(0.8, 1.1),
+            far * sin(angle) * (0.95 - 0.3 * t) + 0.3 * r * t,
+        )
+        plane.disc(a + far * cos(angle), b + up * squash, size, _shade(leaf, tone))
 
 def tree(stage, x, z, height):
     "A trunk with a crown of leaves."
-    p, r, leaf = stage.facing(x, z, VEGETATION), height * stage.dice.uniform(.26, .34), stage.colour("leaf")
+    p, r, leaf = (
+        stage.facing(x, z, VEGETATION),
+        height * stage.dice.uniform(0.26, 0.34),
+        stage.colour("leaf"),
+    )
     p.poly(((-.17, 0), (.17, 0), (.09, height * .6), (-.09, height * .6)), stage.colour("trunk", 6))
-    crown(p, 0, height - r, r, leaf, 22 if z < 25 else 12, stage.dice, squash=stage.dice.uniform(.9, 1.25))
+    _crown(
+        p,
+        0,
+        height - r,
+        r,
+        leaf,
+        22 if z < 25 else 12,
+        stage.dice,
+        squash=stage.dice.uniform(0.9, 1.25),
+    )
 
 def hedge(stage, side, x, z0, z1, height):
     "A row of bushes."
     leaf = stage.colour("leaf")
-    stage.along(x, (z0 + z1) / 2, VEGETATION).rect(z0, 0, z1, height * .8, shade(leaf, .75))
+    stage.along(x, (z0 + z1) / 2, VEGETATION).rect(z0, 0, z1, height * .8, _shade(leaf, .75))
     for i in range(n := max(2, int((z1 - z0) / 1.3)), 0, -1):
         z = z0 + (i - .5) * (z1 - z0) / n
-        crown(stage.facing(x, z, VEGETATION), 0, height * .6, height * .55, leaf, 7, stage.dice)
+        _crown(stage.facing(x, z, VEGETATION), 0, height * .6, height * .55, leaf, 7, stage.dice)
 
 # %% ../nbs/00a_toy_city.ipynb #cb09bbca
 def pole(stage, x, z, height, thick=.1):
@@ -286,7 +334,15 @@ def lamp(stage, x, z):
     out = -1 if x > 0 else 1
     p.rect(-.11, 0, .11, height, metal)
     p.bar(0, height, out * 1.4, height + .35, .12, metal)
-    p.poly(((out * 1.1, height + .45), (out * 2.1, height + .4), (out * 2.1, height + .2), (out * 1.1, height + .25)), shade(metal, 1.3))
+    p.poly(
+        (
+            (out * 1.1, height + 0.45),
+            (out * 2.1, height + 0.4),
+            (out * 2.1, height + 0.2),
+            (out * 1.1, height + 0.25),
+        ),
+        _shade(metal, 1.3),
+    )
 
 def traffic_light(stage, x, z):
     "Three lamps in a box, on a pole."
@@ -294,7 +350,7 @@ def traffic_light(stage, x, z):
     p, on = stage.facing(x, z, LIGHT), stage.dice.randrange(3)
     p.rect(-.3, height - 1.2, .3, height + .1, (34, 36, 34))
     for i, colour in enumerate(((64, 224, 112), (244, 190, 40), (240, 50, 40))):
-        p.disc(0, height - .96 + .41 * i, .17, colour if i == on else shade(colour, .25))
+        p.disc(0, height - .96 + .41 * i, .17, colour if i == on else _shade(colour, .25))
 
 def traffic_sign(stage, x, z):
     "One or two plates on a pole: a round one, a triangle, or a board."
@@ -306,79 +362,109 @@ def traffic_sign(stage, x, z):
         kind = d.randrange(3)
         for k, c in ((1., colour), (.62, white)):
             if kind == 0: p.disc(0, b, r * k, c)
-            elif kind == 1: p.poly(((-r * k * 1.1, b - r * k * .8), (r * k * 1.1, b - r * k * .8), (0, b + r * k)), c)
+            elif kind == 1:
+                u, v = r * k * 1.1, b - r * k * .8
+                p.poly(((-u, v), (u, v), (0, b + r * k)), c)
             else: p.rect(-r * k * 1.15, b - r * .8 * k ** 2, r * k * 1.15, b + r * .8 * k ** 2, c)
 
 # %% ../nbs/00a_toy_city.ipynb #c5fd08fd
-BLACK, WINDOW, HEAD, TAIL = (24, 24, 27), (46, 56, 66), (248, 244, 216), (206, 26, 26)  # both towns' tyres, windows, front and rear lamps
+# both towns' tyres, windows, front and rear lamps
+_BLACK, _WINDOW, _HEAD, _TAIL = (24, 24, 27), (46, 56, 66), (248, 244, 216), (206, 26, 26)
 
 def lamps(face, half, y, size, front):
     "A pair of head lamps or tail lamps."
-    for s in (-1, 1): face.rect(s * half - size, y, s * half + size, y + size * 1.3, HEAD if front else TAIL)
+    for s in (-1, 1):
+        face.rect(s * half - size, y, s * half + size, y + size * 1.3, _HEAD if front else _TAIL)
 
-def flank_of(stage, x, width):
+def _flank_of(stage, x, width):
     "Where the side of a vehicle runs that the camera can see."
     return x - width / 2 if x > stage.camera.offset else x + width / 2
 
 def car(stage, x, z, front):
-    "A car from behind or, with `front`, coming towards us; parts of it that the camera cannot see are painted over."
+    "A car from behind or, with `front`, coming towards us; what is not seen is painted over."
     paint, length, high = stage.colour("car"), 4.2, stage.dice.uniform(1.42, 1.62)
     stage.shadow(x - 1, x + 1, z - .15, z + length)
-    side, sill = flank_of(stage, x, 1.8), .88
-    inner = x + (side - x) * .76
+    side, sill = _flank_of(stage, x, 1.8), .88
     flank, cabin = stage.along(side, z + 1, CAR), stage.space(z + 1, CAR)
-    flank.poly(((z, .3), (z, sill), (z + length, sill - .1), (z + length, .3)), shade(paint, .8))
-    for a in (z + .8, z + length - .8): flank.disc(a, .33, .34, BLACK), flank.disc(a, .33, .17, (150, 150, 152))
-    a, b, c, e = (z + .1, z + .6, z + length - 1.9, z + length - 1.1)
-    cabin.poly(((side, sill, a), (inner, high, b), (inner, high, c), (side, sill, e)), shade(paint, .84))
-    cabin.poly(((side, sill + .06, a + .3), (inner, high - .1, b + .15), (inner, high - .1, c - .1), (side, sill + .06, e - .3)), WINDOW)
-    w, r = x - .9, x - .9 * .76
-    cabin.poly(((w, sill, a), (r, high, b), (2 * x - r, high, b), (2 * x - w, sill, a)), shade(paint, 1.08))
-    cabin.poly(((w + .12, sill + .05, a), (r + .08, high - .1, b), (2 * x - r - .08, high - .1, b), (2 * x - w - .12, sill + .05, a)), WINDOW)
+    flank.poly(((z, .3), (z, sill), (z + length, sill - .1), (z + length, .3)), _shade(paint, .8))
+    for a in (z + .8, z + length - .8):
+        flank.disc(a, .33, .34, _BLACK)
+        flank.disc(a, .33, .17, (150, 150, 152))
+    _windows_of_car(cabin, x, side, z, z + length, sill, high, paint)
     face = stage.facing(x, z, CAR)
-    for s in (-.9, .66): face.rect(s, 0, s + .24, .4, BLACK)
+    for s in (-.9, .66): face.rect(s, 0, s + .24, .4, _BLACK)
     face.poly(((-.9, .2), (.9, .2), (.9, .7), (.84, sill), (-.84, sill), (-.9, .7)), paint)
-    face.rect(-.9, .2, .9, .34, shade(paint, .55))
+    face.rect(-.9, .2, .9, .34, _shade(paint, .55))
     face.rect(-.26, .42, .26, .54, (230, 230, 222))
     lamps(face, .7, .56, .17, front)
 
-def coach(stage, x, z, width, base, height, length, colour, cls, wheels=True, stripe=None, glazed=True):
-    "A long box on wheels: the flank that the camera sees, then the end that faces it, which is returned to be decorated."
-    flank, dark = stage.along(flank_of(stage, x, width), z + length / 3, cls), (BLACK if wheels else shade(colour, .5))
-    flank.rect(z, base, z + length, height, shade(colour, .82))
+def _windows_of_car(cabin, x, side, near, far, sill, high, paint):
+    "The part above the doors: its flank and its end, each a frame of paint around a window."
+    a, b, c, e = near + .1, near + .6, far - 1.9, far - 1.1
+    inner = x + (side - x) * .76
+    cabin.poly(((side, sill, a), (inner, high, b), (inner, high, c), (side, sill, e)),
+               _shade(paint, .84))
+    low, top = sill + .06, high - .1
+    cabin.poly(((side, low, a + .3), (inner, top, b + .15), (inner, top, c - .1),
+                (side, low, e - .3)), _WINDOW)
+    w, r = x - .9, x - .9 * .76
+    cabin.poly(((w, sill, a), (r, high, b), (2 * x - r, high, b), (2 * x - w, sill, a)),
+               _shade(paint, 1.08))
+    low, w, r = sill + .05, w + .12, r + .08
+    cabin.poly(((w, low, a), (r, top, b), (2 * x - r, top, b), (2 * x - w, low, a)), _WINDOW)
+
+def _coach(stage, x, z, width, base, height, length, colour, cls,
+          wheels=True, stripe=None, glazed=True):
+    "A long box on wheels: the flank that is seen, then the end that faces us, which is returned."
+    flank, dark = (
+        stage.along(_flank_of(stage, x, width), z + length / 3, cls),
+        (_BLACK if wheels else _shade(colour, 0.5)),
+    )
+    flank.rect(z, base, z + length, height, _shade(colour, .82))
     if stripe: flank.rect(z, .75, z + length, 1.05, stripe)
     for i in range(n := int(length / 1.6) if glazed else 0):
         a = z + .3 + i * (length - .4) / n
-        flank.rect(a, 1.3, a + (length - .4) / n - .2, 2.4, WINDOW)
-    for a in (z + 1.3, z + length - 1.5) if wheels else (): flank.disc(a, .46, .47, BLACK)
+        flank.rect(a, 1.3, a + (length - .4) / n - .2, 2.4, _WINDOW)
+    for a in (z + 1.3, z + length - 1.5) if wheels else (): flank.disc(a, .46, .47, _BLACK)
     face, half = stage.facing(x, z, cls), width / 2
     for s in (-half + .05, half - .4): face.rect(s, 0, s + .35, .6, dark)
     face.rect(-half, base, half, height, colour)
-    face.rect(-half, height - .07, half, height, shade(colour, 1.15))
+    face.rect(-half, height - .07, half, height, _shade(colour, 1.15))
     return face
 
 def bus(stage, x, z, front):
     "A city bus with its line number in lights."
     colour, length = stage.colour("bus"), stage.dice.uniform(8, 11)
     stage.shadow(x - 1.35, x + 1.35, z - .2, z + length)
-    face = coach(stage, x, z, 2.5, .35, 3., length, colour, BUS, stripe=shade(colour, .6))
-    face.rect(-1.1, 1.2, 1.1, 2.45, WINDOW)
-    face.rect(-.95, 2.56, .95, 2.88, BLACK)
+    face = _coach(stage, x, z, 2.5, .35, 3., length, colour, BUS, stripe=_shade(colour, .6))
+    face.rect(-1.1, 1.2, 1.1, 2.45, _WINDOW)
+    face.rect(-.95, 2.56, .95, 2.88, _BLACK)
     face.rect(-.7, 2.64, .5, 2.8, (252, 196, 70))
-    face.rect(-1.25, .35, 1.25, .55, shade(colour, .5))
+    face.rect(-1.25, .35, 1.25, .55, _shade(colour, .5))
     lamps(face, .95, .7, .17, front)
 
 def truck(stage, x, z, front):
     "A lorry: from behind its doors, from the front the cab before the cargo box."
     cargo, cab = stage.colour("truck"), stage.colour("car")
     stage.shadow(x - 1.35, x + 1.35, z - .2, z + 8)
-    face = coach(stage, x, z + 1.8 * front, 2.5, .8, 3.5, stage.dice.uniform(6, 8), cargo, TRUCK, glazed=False)
+    face = _coach(
+        stage,
+        x,
+        z + 1.8 * front,
+        2.5,
+        0.8,
+        3.5,
+        stage.dice.uniform(6, 8),
+        cargo,
+        TRUCK,
+        glazed=False,
+    )
     if front:
-        face = coach(stage, x, z, 2.3, .4, 2.7, 1.7, cab, TRUCK, glazed=False)
-        face.rect(-1., 1.5, 1., 2.45, WINDOW)
-        face.rect(-.75, .75, .75, 1.25, shade(cab, .5))
+        face = _coach(stage, x, z, 2.3, .4, 2.7, 1.7, cab, TRUCK, glazed=False)
+        face.rect(-1., 1.5, 1., 2.45, _WINDOW)
+        face.rect(-.75, .75, .75, 1.25, _shade(cab, .5))
     else:
-        for a in (-.62, 0, .62): face.bar(a, .95, a, 3.35, .06, shade(cargo, .65))
+        for a in (-.62, 0, .62): face.bar(a, .95, a, 3.35, .06, _shade(cargo, .65))
         face.rect(-1.25, .6, 1.25, .8, (52, 52, 54))
     lamps(face, .95, .55 if front else .62, .15, front)
 
@@ -386,23 +472,58 @@ def tram(stage, x, z, front):
     "A tram on its rails; Cityscapes calls the class train."
     colour, cream = stage.colour("tram"), (236, 234, 226)
     for s in (-.72, .72): stage.ground().rect(x + s - .05, 1, x + s + .05, 80, (72, 68, 66))
-    face = coach(stage, x, z, 2.5, .2, 3.3, stage.dice.uniform(16, 26), colour, TRAM, wheels=False, stripe=cream)
-    face.poly(((-1.05, 1.25), (1.05, 1.25), (.9, 2.7), (-.9, 2.7)), WINDOW)
-    face.rect(-.7, 2.85, .7, 3.15, BLACK)
+    face = _coach(
+        stage,
+        x,
+        z,
+        2.5,
+        0.2,
+        3.3,
+        stage.dice.uniform(16, 26),
+        colour,
+        TRAM,
+        wheels=False,
+        stripe=cream,
+    )
+    face.poly(((-1.05, 1.25), (1.05, 1.25), (.9, 2.7), (-.9, 2.7)), _WINDOW)
+    face.rect(-.7, 2.85, .7, 3.15, _BLACK)
     face.rect(-.25, 2.93, .25, 3.07, (252, 186, 70))
     face.rect(-1.25, .75, 1.25, 1., cream)
-    for a in (-.85, 0, .85): face.disc(a, .55, .14, HEAD if front else TAIL)
+    for a in (-.85, 0, .85): face.disc(a, .55, .14, _HEAD if front else _TAIL)
     for s in (-1, 1): face.bar(s * .5, 3.3, 0, 4., .06, (64, 64, 66))
 
 # %% ../nbs/00a_toy_city.ipynb #80ae7c47
-def torso(p, stage, a, hip, size=1., lean=0.):
+def _torso(p, stage, a, hip, size=1., lean=0.):
     "Trunk, arms and head above the hips at height `hip`; `lean` moves the shoulders forward."
-    top, skin, hair, d = stage.colour("cloth"), stage.colour("skin", 6), stage.colour("hair", 6), stage.dice
+    top, skin, hair, d = (
+        stage.colour("cloth"),
+        stage.colour("skin", 6),
+        stage.colour("hair", 6),
+        stage.dice,
+    )
     s, neck = a + lean, hip + .62 * size
     arm = .25 * size
-    p.poly(((a - .17, hip - .05), (a + .17, hip - .05), (s + arm, neck - .1), (s + .1, neck), (s - .1, neck), (s - arm, neck - .1)), top)
+    p.poly(
+        (
+            (a - 0.17, hip - 0.05),
+            (a + 0.17, hip - 0.05),
+            (s + arm, neck - 0.1),
+            (s + 0.1, neck),
+            (s - 0.1, neck),
+            (s - arm, neck - 0.1),
+        ),
+        top,
+    )
     swing = d.uniform(-.1, .1) + lean
-    for side in (-1, 1): p.bar(s + side * .24, neck - .1, s + side * .28 + swing, hip + .05, .11, shade(top, .82))
+    for side in (-1, 1):
+        p.bar(
+            s + side * 0.24,
+            neck - 0.1,
+            s + side * 0.28 + swing,
+            hip + 0.05,
+            0.11,
+            _shade(top, 0.82),
+        )
     p.disc(s + lean * .2, neck + .14 * size, .125 * size, skin, squash=1.2)
     p.disc(s + lean * .2, neck + .24 * size, .115 * size, hair, squash=.6)
 
@@ -412,66 +533,95 @@ def person(stage, x, z):
     stage.shadow(x - .3, x + .3, z - .1, z + .5)
     size, stride = d.uniform(.9, 1.1), d.uniform(.04, .24)
     for s in (-1, 1):
-        p.bar(s * .08, .85 * size, s * stride, .05, .17, shade(trousers, .85 + .1 * s))
-        p.rect(s * stride - .08, 0, s * stride + .12, .09, BLACK)
-    torso(p, stage, 0, .85 * size, size)
+        p.bar(s * .08, .85 * size, s * stride, .05, .17, _shade(trousers, .85 + .1 * s))
+        p.rect(s * stride - .08, 0, s * stride + .12, .09, _BLACK)
+    _torso(p, stage, 0, .85 * size, size)
 
-def wheel(p, a, r, solid):
+def _wheel(p, a, r, solid):
     "A wheel seen from the side. A bicycle's is a ring in the picture and a disc in the label."
-    if solid: p.disc(a, r, r, BLACK), p.disc(a, r, r * .5, (150, 150, 154))
+    if solid: p.disc(a, r, r, _BLACK), p.disc(a, r, r * .5, (150, 150, 154))
     else:
         p.disc(a, r, r)
-        picture = Plane(p.stage, p.project, None)
-        for (c0, s0), (c1, s1) in zip(CIRCLE, CIRCLE[1:] + CIRCLE[:1]):
-            picture.bar(a + r * c0, r + r * s0, a + r * c1, r + r * s1, .08, BLACK)
+        picture = _Plane(p.stage, p.project, None)
+        for (c0, s0), (c1, s1) in zip(_CIRCLE, _CIRCLE[1:] + _CIRCLE[:1]):
+            picture.bar(a + r * c0, r + r * s0, a + r * c1, r + r * s1, .08, _BLACK)
 
 def bicycle(p, way, colour):
     "Two wheels and a frame of bars, from the side; `way` is the direction of travel."
-    for s in (-1, 1): wheel(p, s * .54, .36, solid=False)
-    seat, head, pedal, rear, front = (-.2 * way, .86), (.42 * way, .92), (-.02 * way, .34), (-.54 * way, .36), (.54 * way, .36)
-    for start, end in ((seat, pedal), (pedal, rear), (rear, seat), (pedal, head), (seat, head), (head, front)):
+    for s in (-1, 1): _wheel(p, s * .54, .36, solid=False)
+    seat, head, pedal, rear, front = (
+        (-0.2 * way, 0.86),
+        (0.42 * way, 0.92),
+        (-0.02 * way, 0.34),
+        (-0.54 * way, 0.36),
+        (0.54 * way, 0.36),
+    )
+    triangle = (seat, pedal), (pedal, rear), (rear, seat)
+    for start, end in (*triangle, (pedal, head), (seat, head), (head, front)):
         p.bar(*start, *end, .075, colour)
-    p.bar(seat[0] - .13, .92, seat[0] + .13, .92, .1, BLACK)
-    p.bar(head[0] - .1 * way, 1.04, head[0] + .04 * way, 1., .08, BLACK)
+    p.bar(seat[0] - .13, .92, seat[0] + .13, .92, .1, _BLACK)
+    p.bar(head[0] - .1 * way, 1.04, head[0] + .04 * way, 1., .08, _BLACK)
 
 def motorcycle(p, way, colour):
     "Two thick wheels, engine, tank and seat, from the side."
-    for s in (-1, 1): wheel(p, s * .68, .33, solid=True)
+    for s in (-1, 1): _wheel(p, s * .68, .33, solid=True)
     p.poly([(way * a, b) for a, b in ((-.5, .3), (-.3, .62), (.3, .66), (.4, .3))], (70, 70, 74))
-    p.poly([(way * a, b) for a, b in ((-.85, .72), (-.1, .66), (.3, .6), (.52, .8), (.3, 1.02), (0, .84), (-.7, .9))], colour)
-    p.bar(-.6 * way, .88, -.02 * way, .84, .12, BLACK)
+    p.poly(
+        [
+            (way * a, b)
+            for a, b in (
+                (-0.85, 0.72),
+                (-0.1, 0.66),
+                (0.3, 0.6),
+                (0.52, 0.8),
+                (0.3, 1.02),
+                (0, 0.84),
+                (-0.7, 0.9),
+            )
+        ],
+        colour,
+    )
+    p.bar(-.6 * way, .88, -.02 * way, .84, .12, _BLACK)
     p.bar(.68 * way, .33, .36 * way, 1.12, .09, (140, 140, 144))
 
 def two_wheeler(stage, x, z, motor, rider, way):
-    "A bicycle or a motorcycle, parked or ridden; `way` is -1 or 1 across the picture, 0 along the road."
+    "A bicycle or a motorcycle, parked or ridden; `way`: -1 or 1 across the picture, 0 along."
     stage.shadow(x - .6, x + .6, z - .1, z + .5)
-    p, colour, trousers = stage.facing(x, z, MOTORCYCLE if motor else BICYCLE), stage.colour("car"), stage.colour("cloth")
+    p, colour, trousers = (
+        stage.facing(x, z, MOTORCYCLE if motor else BICYCLE),
+        stage.colour("car"),
+        stage.colour("cloth"),
+    )
     if way: (motorcycle if motor else bicycle)(p, way, colour)
     else:
         half = .12 if motor else .06
-        p.rect(-half, 0, half, .7, BLACK)
+        p.rect(-half, 0, half, .7, _BLACK)
         p.rect(-half * 1.5, .55, half * 1.5, 1., colour)
-        p.bar(-.36, 1.04, .36, 1.04, .08, BLACK)
-        if motor: p.poly(((-.26, .5), (.26, .5), (.2, .92), (-.2, .92)), colour), p.rect(-.09, .7, .09, .8, TAIL)
+        p.bar(-.36, 1.04, .36, 1.04, .08, _BLACK)
+        if motor:
+            (
+                p.poly(((-0.26, 0.5), (0.26, 0.5), (0.2, 0.92), (-0.2, 0.92)), colour),
+                p.rect(-0.09, 0.7, 0.09, 0.8, _TAIL),
+            )
     if not rider: return
     p = stage.facing(x, z, RIDER)
     hip = -.2 * way
     for s in (-1, 1) if way == 0 else (way,):
         knee = hip + (.36 * way if way else .2 * s)
         p.bar(hip + .08 * (way == 0) * s, .92, knee, .64, .17, trousers)
-        p.bar(knee, .66, knee - .1 * way - .04 * s * (way == 0), .26, .15, shade(trousers, .9))
-    torso(p, stage, hip, .92, .95, lean=.22 * way)
+        p.bar(knee, .66, knee - .1 * way - .04 * s * (way == 0), .26, .15, _shade(trousers, .9))
+    _torso(p, stage, hip, .92, .95, lean=.22 * way)
     if motor: p.disc(hip + .26 * way, .92 + .6 + .15, .17, colour)
 
 # %% ../nbs/00a_toy_city.ipynb #3047c311
 class Town(NamedTuple):
-    "How one town is laid out: ranges are (least, most), lengths in metres, the rest are probabilities."
+    "How a town is laid out: ranges are (least, most), lengths in metres, the rest probabilities."
     horizon: tuple = (.46, .53)  # of the height of the picture
     focal: tuple = (.95, 1.20)   # of its width: a long lens makes things large
     road: tuple = (4.4, 6.8)     # half the width of the road
     walk: tuple = (2.8, 5.0)     # width of the pavement
     storeys: tuple = (1., 6.)
-    plots: tuple = (.59, .15, .13, .13)  # shares of `PLOTS`
+    plots: tuple = (.59, .15, .13, .13)  # shares of `_PLOTS`
     setback: float = .35         # houses stand back behind a fence or a wall
     avenue: float = .35          # trees along the pavement
     furniture: float = .75       # lamps, lights and signs, on each side
@@ -487,11 +637,13 @@ class Town(NamedTuple):
     motorcycle: float = .28
     bonnet: float = 0.           # of the recording car, below the picture's edge
 
-TOWNS = {  # how the two towns are laid out, by domain
+# how the two towns are laid out, by domain
+TOWNS = {
     "source": Town(),
-    "target": Town(horizon=(.40, .47), focal=(.64, .84), road=(3.4, 5.2), walk=(2., 3.8), storeys=(2., 6.), plots=(.52, .13, .15, .20),
-                   setback=.45, avenue=.5, furniture=.9, parked=.6, people=(1, 6), tram=.11, bus=.14, truck=.15, rider=.55,
-                   bicycle=.40, motorcycle=.24, bonnet=.6)}
+    "target": Town(
+        horizon=(.40, .47), focal=(.64, .84), road=(3.4, 5.2), walk=(2., 3.8), storeys=(2., 6.),
+        plots=(.52, .13, .15, .20), setback=.45, avenue=.5, furniture=.9, parked=.6, people=(1, 6),
+        tram=.11, bus=.14, truck=.15, rider=.55, bicycle=.40, motorcycle=.24, bonnet=.6)}
 
 # %% ../nbs/00a_toy_city.ipynb #ffff14a4
 class Street:
@@ -499,11 +651,15 @@ class Street:
     def __init__(self, stage, town):
         self.stage, self.town, self.dice = stage, town, stage.dice
         self.half, self.walk = self.dice.uniform(*town.road), self.dice.uniform(*town.walk)
-        self.crossing = (a := self.dice.uniform(14, 34), a + self.dice.uniform(7, 11)) if self.dice.random() < town.crossing else None
+        self.crossing = (
+            (a := self.dice.uniform(14, 34), a + self.dice.uniform(7, 11))
+            if self.dice.random() < town.crossing
+            else None
+        )
         self.plan, self.taken = [], []
 
     def add(self, layer, z, draw, *args):
-        "Plan a drawing: layer 0 is what lines the street, layer 1 what is on it; within a layer the far is drawn before the near."
+        "Plan a drawing: layer 0 lines the street, layer 1 is on it; the far comes first."
         self.plan.append((layer, -z, len(self.plan), draw, args))
 
     def draw(self):
@@ -514,14 +670,19 @@ class Street:
 
     def room(self, x, z, length, half=1.2) -> bool:
         "Take a place on the road or pavement, if nothing stands there."
-        if any(abs(x - u) < half + h and z < b + 1 and z + length > a - 1 for u, a, b, h in self.taken): return False
+        if any(
+            abs(x - u) < half + h and z < b + 1 and z + length > a - 1 for u, a, b, h in self.taken
+        ):
+            return False
         self.taken.append((x, z, z + length, half))
         return True
 
     def sight(self, x, spread) -> float:
-        "A depth at which the camera sees what stands at x: from just inside the picture to `spread` metres further."
+        "A depth at which what stands at x is seen: just inside the picture to `spread` m further."
         camera = self.stage.camera
-        return max(4.5, abs(x - camera.offset) * camera.focal / self.stage.width * 2) + self.dice.uniform(0, spread)
+        return max(
+            4.5, abs(x - camera.offset) * camera.focal / self.stage.width * 2
+        ) + self.dice.uniform(0, spread)
 
     def lane(self):
         "A place across the road and whether traffic there comes towards us: it keeps to the right."
@@ -540,8 +701,12 @@ def backdrop(stage):
         step, high = d.uniform(.04, .12) * w, d.uniform(.02, .1) * tall
         cls, material = d.choice(((BUILDING, "facade"), (VEGETATION, "leaf")))
         p = stage.plane(lambda a, b: (a, horizon - b), cls, 100.)
-        if cls == BUILDING: p.rect(x, -2, x + step, high, shade(stage.colour(material), .9))
-        else: p.disc(x + step / 2, 0, step * .8, shade(stage.colour(material), .9), squash=high / step)
+        if cls == BUILDING:
+            p.rect(x, -2, x + step, high, _shade(stage.colour(material), 0.9))
+        else:
+            p.disc(
+                x + step / 2, 0, step * 0.8, _shade(stage.colour(material), 0.9), squash=high / step
+            )
         x += step * d.uniform(.7, 1.2)
 
 def roadway(stage, street):
@@ -551,38 +716,55 @@ def roadway(stage, street):
     stage.ground(TERRAIN).rect(-900, .6, 900, far, stage.colour("soil"))
     pavement, lane = stage.ground(SIDEWALK), stage.ground(ROAD)
     pavement.rect(-edge, .6, edge, far, walk)
-    for z in range(2, 32, 2): pavement.rect(-edge, z, edge, z + .06, shade(walk, .88))
+    for z in range(2, 32, 2): pavement.rect(-edge, z, edge, z + .06, _shade(walk, .88))
     pavement.rect(-half - .2, .6, half + .2, far, stage.colour("kerb", 6))
     if d.random() < .4:  # a strip of grass between road and pavement
         verge, soil = stage.ground(TERRAIN), stage.colour("soil")
         for s in (-1, 1): verge.rect(s * (half + .2), .6, s * (half + street.walk * .35), far, soil)
     lane.rect(-half, .6, half, far, road)
-    for x in (-half / 2, half / 2): lane.rect(x - .9, .6, x + .9, far, shade(road, .95))  # worn by wheels
+    # worn by wheels
+    for x in (-half / 2, half / 2):
+        lane.rect(x - 0.9, 0.6, x + 0.9, far, _shade(road, 0.95))
     z0, z1 = street.crossing or (1e3, 1e3)
     if street.crossing:
         pavement.rect(-90, z0 - 1.5, 90, z1 + 1.5, walk)
         lane.rect(-90, z0, 90, z1, road), lane.rect(-half, z0 - 2, half, z1 + 2, road)
-        for i in range(int(half * 2 / 1.1)): lane.rect(i * 1.1 - half + .3, z0 - 4.2, i * 1.1 - half + .85, z0 - 1.8, paint)
+        for i in range(int(half * 2 / 1.1)):
+            lane.rect(i * 1.1 - half + 0.3, z0 - 4.2, i * 1.1 - half + 0.85, z0 - 1.8, paint)
     for z in range(d.randint(2, 5), 90, 6):
         if not z0 - 8 < z < z1 + 3: lane.rect(-.08, z, .08, z + 2.6, paint)
-    for x in (-half + .4, half - .4) if d.random() < .4 else (): lane.rect(x - .07, .6, x + .07, 90, paint)
+    for x in (-half + 0.4, half - 0.4) if d.random() < 0.4 else ():
+        lane.rect(x - 0.07, 0.6, x + 0.07, 90, paint)
 
 # %% ../nbs/00a_toy_city.ipynb #15bdee00
-PLOTS = ("house", "wall", "garden", "park")  # what lies along the pavement; `Town.plots` has their shares
+# what lies along the pavement; `Town.plots` has their shares
+_PLOTS = ("house", "wall", "garden", "park")
 
 def plot(street, side, kind, z0, z1, storeys, setback):
-    "Fill a stretch of one side of the street with one of `PLOTS`."
+    "Fill a stretch of one side of the street with one of `_PLOTS`."
     d, x, add = street.dice, side * (street.half + street.walk), street.add
     if kind == "house":
-        add(0, z0, building, side, x + side * (d.uniform(2, 5) if setback else 0), z0, z1, max(1, round(d.gauss(storeys, 1))))
-        if setback and d.random() < .7: add(0, z0 - .1, d.choice((fence, fence, wall)), side, x, z0, z1, d.uniform(1, 1.4))
+        add(
+            0,
+            z0,
+            building,
+            side,
+            x + side * (d.uniform(2, 5) if setback else 0),
+            z0,
+            z1,
+            max(1, round(d.gauss(storeys, 1))),
+        )
+        if setback and d.random() < 0.7:
+            add(0, z0 - 0.1, d.choice((fence, fence, wall)), side, x, z0, z1, d.uniform(1, 1.4))
         return
     for _ in range(d.randint(2, 4) if kind == "park" else d.randint(0, 2)):
         z = d.uniform(max(z0, 4), max(z1, 5))
         add(0, z, tree, x + side * d.uniform(2, 6), z, d.uniform(4.5, 8.5))
     if kind == "wall": add(0, z0 - .1, wall, side, x, z0, z1, d.uniform(1.6, 2.8))
-    if kind != "wall" and d.random() < .5: add(0, z1, hedge, side, x + side * 2.5, max(z0, 3), max(z1, 5), d.uniform(1, 2.5))
-    if kind == "garden" or kind == "park" and d.random() < .3: add(0, z0 - .1, fence, side, x, z0, z1, d.uniform(1, 1.5))
+    if kind != "wall" and d.random() < 0.5:
+        add(0, z1, hedge, side, x + side * 2.5, max(z0, 3), max(z1, 5), d.uniform(1, 2.5))
+    if kind == "garden" or kind == "park" and d.random() < 0.3:
+        add(0, z0 - 0.1, fence, side, x, z0, z1, d.uniform(1, 1.5))
 
 def line_street(street):
     "Plots along both sides, up to where they are a few pixels high; none where a street crosses."
@@ -592,24 +774,28 @@ def line_street(street):
         while z < 90:
             z1 = z + d.uniform(6, 15)
             if z < c1 + 2 and z1 > c0 - 2:
-                if z > c0 - 6: z = c1 + 2; continue
+                if z > c0 - 6:
+                    z = c1 + 2
+                    continue
                 z1 = c0 - 2
-            plot(street, side, d.choices(PLOTS, town.plots)[0], z, z1, storeys, setback)
+            plot(street, side, d.choices(_PLOTS, town.plots)[0], z, z1, storeys, setback)
             z = z1 + (d.uniform(1, 4) if d.random() < .25 else 0)
         for z in range(d.randint(6, 13), 60, d.randint(8, 14)) if d.random() < town.avenue else ():
             street.add(1, z, tree, side * (street.half + street.walk * .75), z, d.uniform(4.5, 7.5))
 
 # %% ../nbs/00a_toy_city.ipynb #98388716
 def traffic(street):
-    "Vehicles on the road, rare and large ones first so that they find room, and cars parked at the kerb."
+    "Vehicles on the road, rare and large ones first so that they find room, and parked cars."
     d, town = street.dice, street.town
     for draw, share, length in ((tram, town.tram, 26), (bus, town.bus, 11), (truck, town.truck, 9)):
         (x, front), z = street.lane(), d.uniform(7, 17)
-        if d.random() < share and street.room(x, z, length, 1.4): street.add(1, z, draw, x, z, front)
+        if d.random() < share and street.room(x, z, length, 1.4):
+            street.add(1, z, draw, x, z, front)
     for motor, share in ((False, town.rider * .66), (True, town.rider * .34)):
         x, way = d.uniform(-street.half + .6, street.half - .6), d.choice((-1, 0, 0, 1))
         z = street.sight(x, 6)
-        if d.random() < share and street.room(x, z, 1, .5): street.add(1, z, two_wheeler, x, z, motor, True, way)
+        if d.random() < share and street.room(x, z, 1, 0.5):
+            street.add(1, z, two_wheeler, x, z, motor, True, way)
     for _ in range(d.randint(*town.cars)):
         (x, front), z = street.lane(), d.uniform(7, 45)
         if street.room(x, z, 4.5): street.add(1, z, car, x, z, front)
@@ -622,32 +808,51 @@ def traffic(street):
 
 def pavements(street):
     "People, parked two-wheelers, lamps, lights and signs."
-    d, town, kerb = street.dice, street.town, street.half
-    for _ in range(d.randint(*town.people)):
-        x = d.choice((-1, 1)) * (kerb + d.uniform(.3, street.walk)) if d.random() < .85 else d.uniform(-kerb, kerb)
+    people(street)
+    _parked_two_wheelers(street)
+    for side in (-1, 1): _furniture(street, side)
+
+def people(street):
+    "Alone or in pairs, most of them on the pavement."
+    d, kerb = street.dice, street.half
+    for _ in range(d.randint(*street.town.people)):
+        if d.random() < .85: x = d.choice((-1, 1)) * (kerb + d.uniform(.3, street.walk))
+        else: x = d.uniform(-kerb, kerb)
         z = street.sight(x, 10)
         for i in range(d.choice((1, 1, 2))):
-            if street.room(x + .6 * i, z, .5, .3): street.add(1, z + .1 * i, person, x + .6 * i, z + .1 * i)
+            u, v = x + .6 * i, z + .1 * i
+            if street.room(u, z, .5, .3): street.add(1, v, person, u, v)
+
+def _parked_two_wheelers(street):
+    "Up to three in a row."
+    d, town = street.dice, street.town
     for motor, share in ((True, town.motorcycle), (False, town.bicycle)):
-        x = d.choice((-1, 1)) * (kerb + d.uniform(.4, street.walk * .7))
+        x = d.choice((-1, 1)) * (street.half + d.uniform(.4, street.walk * .7))
         z = street.sight(x, 5)
         for i in range(d.randint(1, 3) if d.random() < share else 0):
-            street.add(1, z + 1.1 * i, two_wheeler, x + d.uniform(-.2, .2), z + 1.1 * i, motor, False, d.choice((-1, 1, 1, 0)))
-    for side in (-1, 1):
-        z = 1.5 + street.sight(side * kerb, 6)
-        for _ in range(d.randint(1, 4) if d.random() < town.furniture else 0):
-            street.add(1, z, d.choices((lamp, traffic_light, traffic_sign), (3, 2, 4))[0], side * (kerb + .35), z)
-            z += d.uniform(6, 16)
-        if street.crossing and d.random() < .8:
-            z = street.crossing[0] - 1.8
-            street.add(1, z, traffic_light, side * (kerb + .3), z)
+            u, v = x + d.uniform(-.2, .2), z + 1.1 * i
+            street.add(1, v, two_wheeler, u, v, motor, False, d.choice((-1, 1, 1, 0)))
+
+def _furniture(street, side):
+    "Lamps, lights and signs along one kerb, and a light at the crossing."
+    d, kerb = street.dice, street.half
+    z = 1.5 + street.sight(side * kerb, 6)
+    for _ in range(d.randint(1, 4) if d.random() < street.town.furniture else 0):
+        thing = d.choices((lamp, traffic_light, traffic_sign), (3, 2, 4))[0]
+        street.add(1, z, thing, side * (kerb + .35), z)
+        z += d.uniform(6, 16)
+    if street.crossing and d.random() < .8:
+        z = street.crossing[0] - 1.8
+        street.add(1, z, traffic_light, side * (kerb + .3), z)
 
 def bonnet(stage):
     "The front of the recording car, which no class describes."
     high = stage.height * stage.dice.uniform(.05, .1)
     p = stage.plane(lambda a, b: (a, stage.height - b), IGNORE_INDEX, .6)
     w, tone = stage.width / 2, stage.dice.uniform(50, 95)
-    p.disc(w, -high, w * 1.3, (int(tone), int(tone * 1.04), int(tone * 1.1)), squash=2 * high / w / 1.3)
+    p.disc(
+        w, -high, w * 1.3, (int(tone), int(tone * 1.04), int(tone * 1.1)), squash=2 * high / w / 1.3
+    )
 
 # %% ../nbs/00a_toy_city.ipynb #ed8dcfa8
 STEP = 2  # the canvas has STEP x STEP pixels for one of the picture
@@ -663,8 +868,13 @@ def as_floats(picture: Image.Image) -> np.ndarray:
 def draw_scene(town: Town, colours: dict, dice: random.Random, size=(128, 256)) -> Stage:
     "Plan and draw one street."
     h, w = size[0] * STEP, size[1] * STEP
-    camera = Camera(focal=dice.uniform(*town.focal) * w, centre=dice.uniform(.44, .56) * w, horizon=dice.uniform(*town.horizon) * h,
-                    height=dice.uniform(1.3, 1.6), offset=dice.uniform(-1.5, 1.))
+    camera = Camera(
+        focal=dice.uniform(*town.focal) * w,
+        centre=dice.uniform(0.44, 0.56) * w,
+        horizon=dice.uniform(*town.horizon) * h,
+        height=dice.uniform(1.3, 1.6),
+        offset=dice.uniform(-1.5, 1.0),
+    )
     stage = Stage((h, w), camera, colours, dice, sun=dice.uniform(-1, 1))
     street = Street(stage, town)
     backdrop(stage)
@@ -675,14 +885,25 @@ def draw_scene(town: Town, colours: dict, dice: random.Random, size=(128, 256)) 
     return stage
 
 # %% ../nbs/00a_toy_city.ipynb #02711a3b
-GRAIN = {ROAD: (7, 3), SIDEWALK: (8, 4), BUILDING: (5, 6), WALL: (8, 6), FENCE: (5, 2), VEGETATION: (14, 12), TERRAIN: (13, 9)}  # fine, coarse
+# fine, coarse
+_GRAIN = {
+    ROAD: (7, 3),
+    SIDEWALK: (8, 4),
+    BUILDING: (5, 6),
+    WALL: (8, 6),
+    FENCE: (5, 2),
+    VEGETATION: (14, 12),
+    TERRAIN: (13, 9),
+}
 
 @lru_cache(None)
 def noise_tile(blur: float, n=512) -> np.ndarray:  # float32 (n, n), zero mean, unit variance
     "Smooth periodic noise, made once: white noise under a Gaussian of the given width in pixels."
     white = np.random.default_rng(seed_of(0, "noise tile", int(blur * 10))).standard_normal((n, n))
     fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)
-    smooth = np.fft.irfft2(np.fft.rfft2(white) * np.exp(-2 * (pi * blur) ** 2 * (fy ** 2 + fx ** 2)), s=(n, n))
+    smooth = np.fft.irfft2(
+        np.fft.rfft2(white) * np.exp(-2 * (pi * blur) ** 2 * (fy**2 + fx**2)), s=(n, n)
+    )
     return ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
 
 def noise(blur, size, rng, flat=1):
@@ -693,8 +914,11 @@ def noise(blur, size, rng, flat=1):
 def add_texture(image, label, rng, grain, clouds):
     "Roughness of each material and clouds in the sky; image is float32 (H, W, 3) in [0, 1]."
     fine, coarse = np.zeros((2, 256), np.float32)
-    for cls, (fine[cls], coarse[cls]) in GRAIN.items(): pass
-    rough = fine[label] * noise(.8, label.shape, rng) * grain[0] + coarse[label] * noise(3., label.shape, rng) * grain[1]
+    for cls, grains in _GRAIN.items(): fine[cls], coarse[cls] = grains
+    rough = (
+        fine[label] * noise(0.8, label.shape, rng) * grain[0]
+        + coarse[label] * noise(3.0, label.shape, rng) * grain[1]
+    )
     rough += (label == SKY) * np.clip(noise(14., label.shape, rng, flat=3), -.5, 2) * clouds
     return image + rough[..., None] / 255
 
@@ -738,7 +962,10 @@ def jpeg(x, k, depth, rng):
     as_picture(x).save(file := io.BytesIO(), "JPEG", quality=max(5, int(95 - k)))
     return as_floats(Image.open(file))
 
-EFFECTS = {f.__name__: f for f in (haze, exposure, contrast, tint, fade, vignette, blur, sensor, jpeg)}  # in this order
+# in this order
+EFFECTS = {
+    f.__name__: f for f in (haze, exposure, contrast, tint, fade, vignette, blur, sensor, jpeg)
+}
 
 def photograph(image, depth, amounts: dict, rng):
     "Let the camera have its way with a picture; an effect of amount 0 changes nothing."
@@ -750,36 +977,45 @@ def photograph(image, depth, amounts: dict, rng):
 class Domain(NamedTuple):
     "A town and the camera in it. Here the gap between the domains is tuned."
     town: Town
-    foreign: tuple  # degree by which a picture leaves the source's colours and camera: (least, most)
+    # degree by which a picture leaves the source's colours and camera: (least, most)
+    foreign: tuple
     grain: tuple    # strength of fine and of coarse texture
     clouds: float
     camera: dict    # amount of each effect at degree 1
 
-CLEAN = dict(sensor=.006)  # amounts of the effects of the source's camera
-DOMAINS = {  # the two domains; what lies between them is the gap
-    "source": Domain(TOWNS["source"], (0., 0.), (.7, .6), 22., CLEAN),
-    "target": Domain(TOWNS["target"], (.2, 1.), (1.3, 1.3), 9.,
-                     dict(haze=1.1, exposure=.3, contrast=.2, tint=.08, fade=.3, vignette=.35, blur=.9, sensor=.04, jpeg=50))}
+_CLEAN = dict(sensor=.006)  # amounts of the effects of the source's camera
+# the two domains; what lies between them is the gap
+_TARGET_CAMERA = {
+    "haze": 1.1, "exposure": .3, "contrast": .2, "tint": .08, "fade": .3, "vignette": .35,
+    "blur": .9, "sensor": .04, "jpeg": 50}
+DOMAINS = {
+    "source": Domain(TOWNS["source"], (0., 0.), (.7, .6), 22., _CLEAN),
+    "target": Domain(TOWNS["target"], (.2, 1.), (1.3, 1.3), 9., _TARGET_CAMERA)}
 
-def camera_amounts(domain, degree, gap, dice):
-    "This picture's amount of each effect: between the clean camera (degree or gap 0) and 0.3 to 1 times the domain's (degree and gap 1)."
+def _camera_amounts(domain, degree, gap, dice):
+    "This picture's amount of each effect: clean at degree or gap 0, else .3 to 1 of the domain's."
     full = DOMAINS[domain].camera
     drawn = {name: dice.uniform(.3, 1.) * full.get(name, 0) for name in EFFECTS}
-    return {name: CLEAN.get(name, 0) + gap * degree * (k - CLEAN.get(name, 0)) for name, k in drawn.items()}
+    clean = {name: _CLEAN.get(name, 0) for name in EFFECTS}
+    return {name: clean[name] + gap * degree * (k - clean[name]) for name, k in drawn.items()}
 
 # %% ../nbs/00a_toy_city.ipynb #b775aba8
-def check_scene(domain, size, gap):
+def _check_scene(domain, size, gap):
     "Raise `UserError` for what cannot be drawn."
-    if domain not in DOMAINS: raise UserError(f"domain {domain!r} is unknown; choose one of {', '.join(DOMAINS)}")
-    if len(size) != 2 or min(size) < 16: raise UserError(f"size {tuple(size)} is too small; give a height and a width of at least 16")
+    if domain not in DOMAINS:
+        raise UserError(f"domain {domain!r} is unknown; choose one of {', '.join(DOMAINS)}")
+    if len(size) != 2 or min(size) < 16:
+        raise UserError(
+            f"size {tuple(size)} is too small; give a height and a width of at least 16"
+        )
     if not 0 <= gap <= 2: raise UserError(f"gap {gap} is out of range; give a number from 0 to 2")
 
-def render_parts(domain, split, index, size=(128, 256), seed=0, gap=1.):
-    "Picture uint8 (H, W, 3), label uint8 (H, W), depth float32 (H, W), thing int (H, W), as arrays."
+def _render_parts(domain, split, index, size=(128, 256), seed=0, gap=1.):
+    "Arrays: picture uint8 (H, W, 3); label uint8, depth float32 and thing int, (H, W) each."
     key = seed_of(seed, "toy city", domain, split, index)
     dice, rng, spec = random.Random(key), np.random.default_rng(key), DOMAINS[domain]
     degree = dice.uniform(*spec.foreign)
-    amounts = camera_amounts(domain, degree, gap, dice)
+    amounts = _camera_amounts(domain, degree, gap, dice)
     stage = draw_scene(spec.town, colours_of(degree), dice, size)
     label, depth, thing = stage.maps(STEP)
     image = add_texture(as_floats(stage.picture.reduce(STEP)), label, rng, spec.grain, spec.clouds)
@@ -790,11 +1026,11 @@ def render(domain: str,        # "source" or "target"
            index: int,         # number of the street
            size=(128, 256),    # height and width in pixels
            seed: int = 0,
-           gap: float = 1.,    # scales the target camera's effects, 0 to 2; 0: as clean as the source's
-          ) -> tuple[torch.Tensor, torch.Tensor]:  # image uint8 (3, H, W), label uint8 (H, W): train ids, 255 ignored
+           gap: float = 1.,    # scales the target camera's effects, 0 (clean) to 2
+          ) -> tuple[torch.Tensor, torch.Tensor]:  # image uint8 (3, H, W), train ids uint8 (H, W)
     "One street scene with its label map, a pure function of the arguments."
-    check_scene(domain, size, gap)
-    image, label, _, _ = render_parts(domain, split, index, size, seed, gap)
+    _check_scene(domain, size, gap)
+    image, label, _, _ = _render_parts(domain, split, index, size, seed, gap)
     return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label)
 
 # %% ../nbs/00a_toy_city.ipynb #0555d41f
@@ -802,58 +1038,74 @@ def write_png16(path: Path,           # file to write
                 pixels: np.ndarray):  # uint16 (H, W, 3)
     "Write a PNG of three 16-bit channels."
     height, width, _ = pixels.shape
-    rows = np.zeros((height, 1 + width * 6), np.uint8)  # a row begins with the number of its filter; 0 is none
+    # a row begins with the number of its filter; 0 is none
+    rows = np.zeros((height, 1 + width * 6), np.uint8)
     rows[:, 1:] = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits a channel, colour type 2: RGB
+    # 16 bits a channel, colour type 2: RGB
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
 
 # %% ../nbs/00a_toy_city.ipynb #7807cf60
 def ids_on_disk(label, column: str, ignored: int) -> np.ndarray:
-    "Train ids to the numbers of a data set: a column of the class table, and one number for what has no class."
+    "Train ids to the numbers of a data set: a column of the class table; one number for the rest."
     table = np.full(256, ignored, np.uint8)
     table[:len(CLASSES)] = [getattr(c, column) for c in CLASSES]
     return table[label]
 
-def save_gta5(root, number, split, index, image, label, thing):
-    "`images/00001.png` and `labels/00001.png`, a palette picture of Cityscapes ids; all splits in one row."
+def _save_gta5(root, number, split, index, image, label, thing):
+    "`images/00001.png` and `labels/00001.png`, a palette of Cityscapes ids; all splits in one row."
     colours = {c.cityscapes_id: c.color for c in CLASSES}
     picture = Image.fromarray(ids_on_disk(label, "cityscapes_id", 1)).convert("P")
     picture.putpalette([v for i in range(256) for v in colours.get(i, (0, 0, 0))])
-    Image.fromarray(image).save(file_in(root, "images", f"{number + 1:05d}.png"))
-    picture.save(file_in(root, "labels", f"{number + 1:05d}.png"))
+    Image.fromarray(image).save(_file_in(root, "images", f"{number + 1:05d}.png"))
+    picture.save(_file_in(root, "labels", f"{number + 1:05d}.png"))
 
-def save_synthia(root, number, split, index, image, label, thing):
+def _save_synthia(root, number, split, index, image, label, thing):
     "`RGB/0000000.png` and `GT/LABELS/0000000.png`: class and number of the thing in 16 bits each."
     things = np.where((label >= PERSON) & (label < len(CLASSES)), thing, 0)
     pixels = np.stack([ids_on_disk(label, "synthia_id", 0), things, np.zeros_like(things)], -1)
-    Image.fromarray(image).save(file_in(root, "RGB", f"{number:07d}.png"))
-    write_png16(file_in(root, "GT/LABELS", f"{number:07d}.png"), pixels.astype(np.uint16))
+    Image.fromarray(image).save(_file_in(root, "RGB", f"{number:07d}.png"))
+    write_png16(_file_in(root, "GT/LABELS", f"{number:07d}.png"), pixels.astype(np.uint16))
 
-def save_cityscapes(root, number, split, index, image, label, thing):
-    "`leftImg8bit` and `gtFine`, a folder a split and in it one a city; the bonnet is `ego vehicle`, id 1."
+def _save_cityscapes(root, number, split, index, image, label, thing):
+    "`leftImg8bit` and `gtFine`, a folder a split and in it one a city; the bonnet has id 1."
     city = f"{split}ville"
     folder, name = f"{split}/{city}", f"{city}_{index:06d}_000019"
-    Image.fromarray(image).save(file_in(root, f"leftImg8bit/{folder}", f"{name}_leftImg8bit.png"))
-    Image.fromarray(ids_on_disk(label, "cityscapes_id", 1)).save(file_in(root, f"gtFine/{folder}", f"{name}_gtFine_labelIds.png"))
+    Image.fromarray(image).save(_file_in(root, f"leftImg8bit/{folder}", f"{name}_leftImg8bit.png"))
+    Image.fromarray(ids_on_disk(label, "cityscapes_id", 1)).save(
+        _file_in(root, f"gtFine/{folder}", f"{name}_gtFine_labelIds.png")
+    )
 
-def file_in(root, folder, name) -> Path:
+def _file_in(root, folder, name) -> Path:
     "The path of a file in a folder, which is made."
     (root/folder).mkdir(parents=True, exist_ok=True)
     return root/folder/name
 
-LAYOUTS = {"gta5": save_gta5, "synthia": save_synthia, "cityscapes": save_cityscapes}  # what writes one scene, by layout
+# what writes one scene, by layout
+_WRITERS = {"gta5": _save_gta5, "synthia": _save_synthia, "cityscapes": _save_cityscapes}
 
 # %% ../nbs/00a_toy_city.ipynb #4e7c2e2e
-RECORD, VERSION = "toy_city.json", 1  # raise VERSION when the pictures change
+RECORD, _VERSION = "toy_city.json", 1  # raise _VERSION when the pictures change
 
-def is_there(root: Path, record: str) -> bool:
-    "Whether root holds the data set of the record; raises `UserError` where it holds anything else."
+def _is_there(root: Path, record: str) -> bool:
+    "Whether root holds the data set of the record; `UserError` where it holds anything else."
     if not root.exists() or root.is_dir() and not any(root.iterdir()): return False
-    if not (root/RECORD).is_file(): raise UserError(f"{root}: holds something that is no toy city; choose another root or delete it")
+    if not (root / RECORD).is_file():
+        raise UserError(
+            f"{root}: holds something that is no toy city; choose another root or delete it"
+        )
     if (root/RECORD).read_text() != record:
-        raise UserError(f"{root}: holds a toy city of other settings (see {RECORD}); choose another root or delete it")
+        raise UserError(
+            f"{root}: holds a toy city of other settings (see {RECORD}); "
+            "choose another root or delete it"
+        )
     return True
 
 def write_dataset(root,                    # folder to make
@@ -863,47 +1115,57 @@ def write_dataset(root,                    # folder to make
                   size=(128, 256),         # height and width
                   seed: int = 0,
                   gap: float = 1.,         # as in `render`
-                  progress=None,           # wraps the list of scenes, for example fastprogress's `progress_bar`
+                  progress=None,           # wraps the list of scenes, for example core's `progress`
                  ) -> Path:  # root
-    "Write a toy city in the layout of a real data set. Does nothing where the same is already there."
-    root, settings = Path(root), dict(layout=layout, domain=domain, counts=dict(counts), size=list(size), seed=seed, gap=gap, version=VERSION)
-    check_scene(domain, size, gap)
-    if layout not in LAYOUTS: raise UserError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    "Write a toy city in the layout of a real data set; nothing where the same is already there."
+    root = Path(root)
+    settings = {"layout": layout, "domain": domain, "counts": dict(counts), "size": list(size),
+                "seed": seed, "gap": gap, "version": _VERSION}
+    _check_scene(domain, size, gap)
+    if layout not in _WRITERS:
+        raise UserError(f"layout {layout!r} is unknown; choose one of {', '.join(_WRITERS)}")
     if min(counts.values(), default=-1) < 0 or not all(split.isidentifier() for split in counts):
-        raise UserError(f"counts {dict(counts)}: give each split a plain name and a number of scenes that is not negative")
+        raise UserError(f"counts {dict(counts)}: give each split a plain name and a number of "
+                        "scenes that is not negative")
     record = json.dumps(settings, indent=1)
     try:
-        if is_there(root, record): return root
+        if _is_there(root, record): return root
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as aside:
             (data := Path(aside)/"data").mkdir()
             scenes = [(split, index) for split, n in counts.items() for index in range(n)]
             for number, (split, index) in enumerate(progress(scenes) if progress else scenes):
-                image, label, _, thing = render_parts(domain, split, index, size, seed, gap)
-                LAYOUTS[layout](data, number, split, index, image, label, thing)
+                image, label, _, thing = _render_parts(domain, split, index, size, seed, gap)
+                _WRITERS[layout](data, number, split, index, image, label, thing)
             (data/RECORD).write_text(record)
             try: data.replace(root)
             except OSError:
-                if not is_there(root, record): raise  # otherwise another process was faster
-    except OSError as e: raise UserError(f"{root}: cannot be written ({e.strerror or e}); choose another root or make room") from e
+                if not _is_there(root, record): raise  # otherwise another process was faster
+    except OSError as e:
+        raise UserError(f"{root}: cannot be written ({e.strerror or e}); "
+                        "choose another root or make room") from e
     return root
 
 # %% ../nbs/00a_toy_city.ipynb #355bc0ff
 def main(argv=None):
     "The command line; what the user can mend ends in one line and exit status 2."
-    parser = argparse.ArgumentParser(prog="python -m sac_lit.toy_city", description="Write a toy city to disk in the layout of a real data set.")
-    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m sac_lit.toy_city",
+        description="Write a toy city to disk in the layout of a real data set.")
+    parser.add_argument("--layout", choices=_WRITERS, required=True)
     parser.add_argument("--root", type=Path, required=True, help="folder to make")
-    parser.add_argument("--domain", choices=DOMAINS, help="default: target for cityscapes, source for the others")
+    parser.add_argument("--domain", choices=DOMAINS,
+                        help="default: target for cityscapes, source for the others")
     parser.add_argument("--train", type=int, default=400, help="scenes to train on")
     parser.add_argument("--val", type=int, default=100, help="scenes to validate on")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("H", "W"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, default=1., help="strength of the target camera")
     a = parser.parse_args(argv)
-    domain, progress = a.domain or ("target" if a.layout == "cityscapes" else "source"), progress_bar if sys.stdout.isatty() else None
-    try: write_dataset(a.root, a.layout, domain, {"train": a.train, "val": a.val}, a.size, a.seed, a.gap, progress)
-    except UserError as e: sys.exit(print(e, file=sys.stderr) or 2)
+    domain = a.domain or ("target" if a.layout == "cityscapes" else "source")
+    counts = {"train": a.train, "val": a.val}
+    with clean_exit():
+        write_dataset(a.root, a.layout, domain, counts, a.size, a.seed, a.gap, progress)
     print(f"{a.root}: {a.train + a.val} scenes of the {domain} domain, layout {a.layout}")
 
 # %% ../nbs/00a_toy_city.ipynb #e912df13

@@ -1,4 +1,4 @@
-"The confusion matrix against counting by hand, and random numbers that depend on nothing but their key."
+"The confusion matrix against counting by hand; random numbers that depend on their key alone."
 import os
 import subprocess
 import sys
@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, ConfusionMatrix, colorize, colors_of, generator, seed_of
+from sac_lit.core import (
+    Stopped, UserError, clean_exit, lookup, written_aside,
+    CLASSES,
+    IGNORE_INDEX,
+    NAMES,
+    ConfusionMatrix,
+    colorize,
+    colors_of,
+    generator,
+    seed_of,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -17,7 +27,8 @@ quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 def test_class_table_is_one_to_one():
     assert len(CLASSES) == len(NAMES) == 19
-    for column in ("name", "color", "cityscapes_id", "synthia_id"): assert len({getattr(c, column) for c in CLASSES}) == 19
+    for column in ("name", "color", "cityscapes_id", "synthia_id"):
+        assert len({getattr(c, column) for c in CLASSES}) == 19
     assert [c.cityscapes_id for c in CLASSES] == sorted(c.cityscapes_id for c in CLASSES)
 
 
@@ -28,13 +39,19 @@ def test_colorize_maps_each_value_by_the_table():
     flat = colors.reshape(256, 3)
     assert [tuple(c) for c in flat[:19].tolist()] == [c.color for c in CLASSES]
     assert not flat[19:].any()
-    assert np.array_equal(colorize(labels.long()), colors) and np.array_equal(colorize(labels.numpy()), colors)
+    assert np.array_equal(colorize(labels.long()), colors) and np.array_equal(
+        colorize(labels.numpy()), colors
+    )
 
 
 def test_colours_of_any_class_list():
     assert colors_of(NAMES) == tuple(c.color for c in CLASSES)
     mixed = colors_of(("water", "road", "ship", "sky"))
-    assert mixed[1] == CLASSES[0].color and mixed[3] == CLASSES[10].color and mixed == colors_of(["water", "road", "ship", "sky"])
+    assert (
+        mixed[1] == CLASSES[0].color
+        and mixed[3] == CLASSES[10].color
+        and mixed == colors_of(["water", "road", "ship", "sky"])
+    )
     many = np.array(colors_of([f"class {i}" for i in range(255)]))
     assert many.min() >= 0 and many.max() <= 255 and len(np.unique(many, axis=0)) == 255
     few = many[:20].astype(int)
@@ -77,7 +94,9 @@ def test_order_and_division_of_the_pixels_do_not_matter(case, cut, random):
     whole = ConfusionMatrix(C).update(pred, label)
     order = torch.tensor(random.sample(range(len(pred)), len(pred)), dtype=torch.int64)
     p, l = pred[order], label[order]
-    parts = ConfusionMatrix(C).update(p[:cut], l[:cut]) + ConfusionMatrix(C).update(p[cut:], l[cut:])
+    parts = ConfusionMatrix(C).update(p[:cut], l[:cut]) + ConfusionMatrix(C).update(
+        p[cut:], l[cut:]
+    )
     assert torch.equal(parts.counts, whole.counts)
     one_after_the_other = ConfusionMatrix(C).update(p[:cut], l[:cut]).update(p[cut:], l[cut:])
     assert torch.equal(one_after_the_other.counts, whole.counts)
@@ -102,7 +121,8 @@ def test_merging_leaves_both_parts_as_they_were():
 
 def test_perfect_and_absent_classes():
     label = torch.tensor([0, 0, 2, IGNORE_INDEX])
-    cm = ConfusionMatrix(4).update(torch.tensor([0, 0, 2, 3]), label)   # a prediction on an ignored pixel does not count
+    # a prediction on an ignored pixel does not count
+    cm = ConfusionMatrix(4).update(torch.tensor([0, 0, 2, 3]), label)
     assert cm.miou() == 1 and cm.iou().isnan().tolist() == [False, True, False, True]
     assert cm.miou(classes=[0, 1]) == 1
     assert np.isnan(cm.miou(classes=[1, 3])) and np.isnan(ConfusionMatrix(4).miou())
@@ -148,10 +168,26 @@ def test_the_kind_of_integer_does_not_matter(seed, key, step):
 
 
 def test_different_keys_give_different_seeds():
-    all_keys = [(seed, stage, step, slot) for seed in range(2) for stage in ("abn", "sac") for step in range(500) for slot in range(4)]
-    all_keys += [(0, "sac", 1, 23), (0, "sac", 12, 3), (0, "sac", 123), (0, "sac1", 23), (0, "sac", "1", 23), (0,), (0, ""), (0, 0)]
+    all_keys = [
+        (seed, stage, step, slot)
+        for seed in range(2)
+        for stage in ("abn", "sac")
+        for step in range(500)
+        for slot in range(4)
+    ]
+    all_keys += [
+        (0, "sac", 1, 23),
+        (0, "sac", 12, 3),
+        (0, "sac", 123),
+        (0, "sac1", 23),
+        (0, "sac", "1", 23),
+        (0,),
+        (0, ""),
+        (0, 0),
+    ]
     seeds = {seed_of(*k) for k in set(all_keys)}
-    assert len(seeds) >= len(set(all_keys)) - 1                # 8000 of 2^32: the odd collision is chance, more is not
+    # 8000 of 2^32: the odd collision is chance, more is not
+    assert len(seeds) >= len(set(all_keys)) - 1
 
 
 def test_a_generator_leaves_the_global_one_alone():
@@ -162,11 +198,22 @@ def test_a_generator_leaves_the_global_one_alone():
 
 def test_other_processes_draw_the_same_numbers():
     "Whatever Python's hash seed, the global seed, or the order of the draws."
-    code = ("import sys, torch; from sac_lit.core import generator; torch.manual_seed(int(sys.argv[1]));"
-            "keys = [(0, 'sac', s, k) for s in range(3) for k in range(2)][::int(sys.argv[2])];"
-            "print(sorted((k, torch.randint(10**9, (2,), generator=generator(*k)).tolist()) for k in keys))")
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(n), order], text=True, stdout=subprocess.PIPE,
-                             env={**os.environ, "PYTHONHASHSEED": str(n)}) for n, order in ((1, "1"), (2, "-1"))]
+    code = (
+        "import sys, torch; from sac_lit.core import generator;"
+        "torch.manual_seed(int(sys.argv[1]));"
+        "keys = [(0, 'sac', s, k) for s in range(3) for k in range(2)][::int(sys.argv[2])];"
+        "draw = lambda k: torch.randint(10**9, (2,), generator=generator(*k)).tolist();"
+        "print(sorted((k, draw(k)) for k in keys))"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(n), order],
+            text=True,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": str(n)},
+        )
+        for n, order in ((1, "1"), (2, "-1"))
+    ]
     a, b = (run.communicate()[0] for run in runs)
     assert a == b and "sac" in a
 
@@ -174,3 +221,44 @@ def test_other_processes_draw_the_same_numbers():
 def test_numbers_do_not_change_between_versions():
     "These values are part of the promise: a run begun with one version continues with the next."
     assert (seed_of(0), seed_of(0, "sac", 7, 0)) == (2334269327, 3791776218)
+
+
+# ---------------------------------------------------------------- what every command does
+
+def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("twice = 2\nraise_it = 1")
+    (tmp_path / "broken.py").write_text("import no_such_module_at_all")
+    monkeypatch.chdir(tmp_path)
+    table = {"one": 1}
+    assert lookup(table, "one", "pool") == 1 and lookup(table, "mine:twice", "pool") == 2
+    for name, words in (("two", "no such entry"), ("mine:thrice", "AttributeError"),
+                        ("nowhere:x", "ModuleNotFoundError"), ("broken:x", "no_such_module"),
+                        (":", "cannot be imported")):
+        with pytest.raises(UserError, match=words) as error: lookup(table, name, "pool")
+        assert str(error.value).startswith(f"--pool {name}:") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (UserError("--seed -1: give more"), 2, "error: --seed -1: give more"),
+    (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "x.txt: No such file"),
+    (Stopped("step 3"), 143, "stopped as asked (step 3); go on"),
+    (KeyboardInterrupt(), 130, "interrupted; go on")])
+def test_a_command_ends_in_one_line(error, status, words, capsys):
+    with pytest.raises(SystemExit) as end, clean_exit("go on"): raise error
+    said = capsys.readouterr().err
+    assert end.value.code == status and words in said and said.count("\n") == 1
+
+
+def test_a_fault_of_the_library_is_not_hidden():
+    with pytest.raises(ZeroDivisionError), clean_exit(): 1 / 0
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "folder" / "x.txt"
+    with written_aside(path) as aside: aside.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+        aside.write_text("half of the new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["x.txt"]
+    with written_aside(path) as aside: aside.write_text("new")
+    assert path.read_text() == "new"

@@ -1,4 +1,4 @@
-"""The toy city on disk and across processes. The notebook 00a_toy_city tests the scenes themselves."""
+"""The toy city on disk and across processes; the notebook 00a_toy_city tests the scenes."""
 import hashlib
 import json
 import signal
@@ -52,10 +52,13 @@ def unpack_png(data):
 def test_gta5_layout(tmp_path):
     root = write_dataset(tmp_path/"gta5", "gta5", "source", **SMALL)
     names = [f"{i:05d}.png" for i in (1, 2, 3)]
-    assert sorted(files(root)) == sorted([f"images/{n}" for n in names] + [f"labels/{n}" for n in names] + ["toy_city.json"])
+    assert sorted(files(root)) == sorted(
+        [f"images/{n}" for n in names] + [f"labels/{n}" for n in names] + ["toy_city.json"]
+    )
     for name, (split, index) in zip(names, (("train", 0), ("train", 1), ("val", 0))):
         image, label = arrays("source", split, index)
-        with Image.open(root/"images"/name) as x: assert x.mode == "RGB" and (np.asarray(x) == image).all()
+        with Image.open(root / "images" / name) as x:
+            assert x.mode == "RGB" and (np.asarray(x) == image).all()
         with Image.open(root/"labels"/name) as y:
             assert y.mode == "P" and (np.asarray(y) == expect_ids(label, "cityscapes_id", 1)).all()
             assert (np.asarray(y.convert("RGB"))[label == 0] == CLASSES[0].color).all()
@@ -63,10 +66,15 @@ def test_gta5_layout(tmp_path):
 
 def test_synthia_layout(tmp_path):
     root = write_dataset(tmp_path/"synthia", "synthia", "source", counts={"train": 3}, size=SIZE)
-    assert sorted(files(root)) == sorted([f"RGB/{i:07d}.png" for i in range(3)] + [f"GT/LABELS/{i:07d}.png" for i in range(3)] + ["toy_city.json"])
+    assert sorted(files(root)) == sorted(
+        [f"RGB/{i:07d}.png" for i in range(3)]
+        + [f"GT/LABELS/{i:07d}.png" for i in range(3)]
+        + ["toy_city.json"]
+    )
     for i in range(3):
         image, label = arrays("source", "train", i)
-        with Image.open(root/f"RGB/{i:07d}.png") as x: assert x.mode == "RGB" and (np.asarray(x) == image).all()
+        with Image.open(root / f"RGB/{i:07d}.png") as x:
+            assert x.mode == "RGB" and (np.asarray(x) == image).all()
         header, raw = unpack_png((root/f"GT/LABELS/{i:07d}.png").read_bytes())
         assert header == (SIZE[1], SIZE[0], 16, 2, 0, 0, 0)
         rows = np.frombuffer(raw, np.uint8).reshape(SIZE[0], -1)
@@ -74,29 +82,43 @@ def test_synthia_layout(tmp_path):
         pixels = np.frombuffer(rows[:, 1:].tobytes(), ">u2").reshape(*SIZE, 3)
         assert (pixels[..., 0] == expect_ids(label, "synthia_id", 0)).all()
         movable = (label >= 11) & (label < len(CLASSES))
-        assert (pixels[..., 1] > 0)[movable].all() and (pixels[..., 1] == 0)[~movable].all() and (pixels[..., 2] == 0).all()
+        assert (
+            (pixels[..., 1] > 0)[movable].all()
+            and (pixels[..., 1] == 0)[~movable].all()
+            and (pixels[..., 2] == 0).all()
+        )
 
 
 def test_cityscapes_layout(tmp_path):
-    root = write_dataset(tmp_path/"cityscapes", "cityscapes", "target", counts={"train": 4, "val": 1}, size=SIZE)
+    root = write_dataset(
+        tmp_path / "cityscapes", "cityscapes", "target", counts={"train": 4, "val": 1}, size=SIZE
+    )
     pictures = sorted(root.glob("leftImg8bit/*/*/*_leftImg8bit.png"))
-    assert [p.parent.parent.name for p in pictures] == ["train"] * 4 + ["val"] and len(files(root)) == 11
+    assert [p.parent.parent.name for p in pictures] == ["train"] * 4 + ["val"] and len(
+        files(root)
+    ) == 11
     seen = set()
     for path, (split, index) in zip(pictures, [("train", i) for i in range(4)] + [("val", 0)]):
         image, label = arrays("target", split, index)
         city, sequence, frame = path.name.removesuffix("_leftImg8bit.png").split("_")
         assert city == path.parent.name and (sequence, frame) == (f"{index:06d}", "000019")
         with Image.open(path) as x: assert x.mode == "RGB" and (np.asarray(x) == image).all()
-        with Image.open(root/f"gtFine/{split}/{city}/{city}_{sequence}_{frame}_gtFine_labelIds.png") as y:
+        name = f"{city}_{sequence}_{frame}_gtFine_labelIds.png"
+        with Image.open(root/f"gtFine/{split}/{city}/{name}") as y:
             assert y.mode == "L" and (np.asarray(y) == expect_ids(label, "cityscapes_id", 1)).all()
             seen |= set(np.unique(y))
     assert 1 in seen  # the bonnet is the ego vehicle
 
 
 def test_every_process_draws_the_same():
-    code = ("import hashlib; from sac_lit.toy_city import render; x, y = render('target', 'val', 7, (48, 96), seed=5, gap=.5); "
-            "print(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())")
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    code = (
+        "import hashlib; from sac_lit.toy_city import render; "
+        "x, y = render('target', 'val', 7, (48, 96), seed=5, gap=.5); "
+        "print(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     for i in (3, 9): render("target", "val", i, (48, 96))  # whatever was drawn before
     image, label = render("target", "val", 7, (48, 96), seed=5, gap=.5)
     assert other == hashlib.sha256(image.numpy().tobytes() + label.numpy().tobytes()).hexdigest()
@@ -105,7 +127,11 @@ def test_every_process_draws_the_same():
 @pytest.mark.parametrize("size", [(16, 16), (33, 65), (128, 64)])
 def test_any_size(size):
     image, label = render("target", "train", 0, size)
-    assert image.shape == (3, *size) and label.shape == size and image.dtype == label.dtype == torch.uint8
+    assert (
+        image.shape == (3, *size)
+        and label.shape == size
+        and image.dtype == label.dtype == torch.uint8
+    )
     assert set(label.unique().tolist()) <= {*range(len(CLASSES)), IGNORE_INDEX}
 
 
@@ -115,37 +141,55 @@ def test_second_call_does_nothing_and_another_request_is_refused(tmp_path):
     write_dataset(root, "gta5", "source", **SMALL)
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     for change in (dict(seed=1), dict(gap=.5), dict(size=(32, 32)), dict(counts={"train": 1})):
-        with pytest.raises(UserError, match="another root or delete"): write_dataset(root, "gta5", "source", **{**SMALL, **change})
+        with pytest.raises(UserError, match="another root or delete"):
+            write_dataset(root, "gta5", "source", **{**SMALL, **change})
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
 
 
 def test_foreign_folder_is_not_touched(tmp_path):
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine/thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="no toy city"): write_dataset(tmp_path/"mine", "gta5", "source", **SMALL)
+    with pytest.raises(UserError, match="no toy city"):
+        write_dataset(tmp_path / "mine", "gta5", "source", **SMALL)
     assert files(tmp_path) == {"mine/thesis.txt": b"x"}
     (tmp_path/"empty").mkdir()
     write_dataset(tmp_path/"empty", "gta5", "source", **SMALL)  # an empty folder is fine
-    with pytest.raises(UserError): write_dataset(tmp_path/"mine/thesis.txt", "gta5", "source", **SMALL)
+    with pytest.raises(UserError):
+        write_dataset(tmp_path / "mine/thesis.txt", "gta5", "source", **SMALL)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def stop(root, number, *rest):
         if number == 2: raise KeyboardInterrupt
-        toy_city.save_gta5(root, number, *rest)
+        toy_city._save_gta5(root, number, *rest)
     with monkeypatch.context() as m:
-        m.setitem(toy_city.LAYOUTS, "gta5", stop)
-        with pytest.raises(KeyboardInterrupt): write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
+        m.setitem(toy_city._WRITERS, "gta5", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "toy", "gta5", "source", **SMALL)
     assert not list(tmp_path.iterdir())
     write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
     assert json.loads((tmp_path/"toy/toy_city.json").read_text())["counts"] == SMALL["counts"]
 
 
 def test_killed_write_is_never_taken(tmp_path):
-    command = [sys.executable, "-m", "sac_lit.toy_city", "--layout", "gta5", "--root", str(tmp_path/"toy"), "--train", "100000", "--size", "32", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "sac_lit.toy_city",
+        "--layout",
+        "gta5",
+        "--root",
+        str(tmp_path / "toy"),
+        "--train",
+        "100000",
+        "--size",
+        "32",
+        "64",
+    ]
     with subprocess.Popen(command) as process:
         deadline = time.time() + 60
-        while not list(tmp_path.glob(".toy-*/data/images/00003.png")) and time.time() < deadline: time.sleep(.05)
+        while not list(tmp_path.glob(".toy-*/data/images/00003.png")) and time.time() < deadline:
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path/"toy").exists()
     write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
@@ -154,27 +198,46 @@ def test_killed_write_is_never_taken(tmp_path):
 
 def test_two_writers_at_once(tmp_path):
     "The slower of two processes finds the data set in its place and is content."
-    first = toy_city.save_gta5
+    first = toy_city._save_gta5
     def overtaken(root, number, *rest):
         first(root, number, *rest)
         if number == 2 and not (tmp_path/"toy").exists():
-            toy_city.LAYOUTS["gta5"] = first
+            toy_city._WRITERS["gta5"] = first
             write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
-    toy_city.LAYOUTS["gta5"] = overtaken
+    toy_city._WRITERS["gta5"] = overtaken
     try: write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
-    finally: toy_city.LAYOUTS["gta5"] = first
+    finally: toy_city._WRITERS["gta5"] = first
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
 
 
 def test_command_line(tmp_path, capsys):
-    main(["--layout", "cityscapes", "--root", f"{tmp_path}/city", "--train", "1", "--val", "1", "--size", "32", "64"])
+    main(
+        [
+            "--layout",
+            "cityscapes",
+            "--root",
+            f"{tmp_path}/city",
+            "--train",
+            "1",
+            "--val",
+            "1",
+            "--size",
+            "32",
+            "64",
+        ]
+    )
     assert "2 scenes of the target domain" in capsys.readouterr().out
     assert json.loads((tmp_path/"city/toy_city.json").read_text())["domain"] == "target"
 
 
-@pytest.mark.parametrize("extra", [["--size", "4", "8"], ["--train", "-1"], ["--gap", "7"], ["--root", "/dev/null/toy"], ["--layout", "kitti"], ["--train", "many"]])
+@pytest.mark.parametrize("extra", [
+    ["--size", "4", "8"], ["--train", "-1"], ["--gap", "7"], ["--root", "/dev/null/toy"],
+    ["--layout", "kitti"], ["--train", "many"]])
 def test_command_line_errors(tmp_path, capsys, extra):
-    with pytest.raises(SystemExit) as stop: main(["--layout", "gta5", "--root", f"{tmp_path}/toy", "--train", "1", "--val", "0", *extra])
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["--layout", "gta5", "--root", f"{tmp_path}/toy", "--train", "1", "--val", "0", *extra]
+        )
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and said and "Traceback" not in said
     assert not (tmp_path/"toy").exists()
