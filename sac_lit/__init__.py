@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['AT_HAND', 'COMMANDS', 'main']
 
-# %% ../nbs/12a_package.ipynb #757ee518
+# %% ../nbs/12a_package.ipynb #e1182e24
 import importlib
 import sys
 
-# %% ../nbs/12a_package.ipynb #a18b50fc
+# %% ../nbs/12a_package.ipynb #c4feb0c7
 AT_HAND = {  # names that the package gives, and the modules they come from
     "ConfusionMatrix": "core", "UserError": "core", "generator": "core",
     "open_dataset": "datasets", "normalize": "views",
@@ -28,7 +28,7 @@ def __dir__() -> list[str]:
     "What is there, and what would be there if it were asked for."
     return sorted({*globals(), *AT_HAND})
 
-# %% ../nbs/12a_package.ipynb #e0f8b5dd
+# %% ../nbs/12a_package.ipynb #15ec33a7
 COMMANDS = {  # word: (module:function, what it does)
     "train": ("sac_lit.train:main", "train a preset, go on with a run, or redraw its report"),
     "datasets": ("sac_lit.audit:main", "check a data set before training on it"),

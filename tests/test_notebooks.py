@@ -9,8 +9,8 @@ import sys
 import pytest
 from execnb.nbio import nb2str, read_nb
 from house import (
-    MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, exported, hidden, module_of,
-    parsed)
+    MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, exported, hidden, imported,
+    module_of, parsed)
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 
@@ -119,6 +119,14 @@ def test_anatomy(path):
     parts += ["Next: ["] * (path != NUMBERED[-1])
     assert not [part for part in parts if part not in text]
     assert "colab.research.google.com" in text, "no badge: run nbs/site/badges.py"
+
+
+@each
+def test_needs_no_tools_of_the_repository(path):
+    "A notebook runs where the package is installed with its extra `notebooks`."
+    trees = [parsed(c.source) for c in cells(path, "code")]
+    tops = {name.split(".")[0] for tree in trees for name in imported(tree)}
+    assert not tops & {"nbdev", "execnb", "pytest", "hypothesis", "sphinx", "tests"}
 
 
 @numbered

@@ -30,7 +30,7 @@ class Client(NotebookClient):
         directives = dict(re.findall(r"^#\| *(\w+)(?:: *(\w+))?", cell.source, re.M))
         flags = set(get_config().tst_flags.split())
         left_out = directives.get("eval", "").lower() == "false" or directives.keys() & flags
-        if left_out or "nbdev_export()" in cell.source: return cell
+        if left_out: return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
