@@ -19,11 +19,13 @@ def focal_loss(logits: torch.Tensor,      # segmentation network, (B, C, h, w), 
                lam: float = 3.,           # focal exponent; 0 switches the focal weight off
                loss_of=cross_entropy,     # (logits, labels, weight) -> scalar
               ) -> torch.Tensor:          # scalar: mean over all pixels, ignored ones included
-    "Cross-entropy weighted by class rarity and confidence (eq. 6). Raises `ValueError` for shapes that disagree."
+    """Cross-entropy weighted by class rarity and confidence (eq. 6).
+
+    Raises `ValueError` for shapes that disagree."""
     _check_shapes(logits, labels, confidence, chi)
     labels = labels.long()
-    rarity = (1 - chi.float()) ** lam                                     # (C,)
-    rarity = rarity[labels.where(labels != IGNORE_INDEX, 0)]              # each pixel's own, (B, H, W)
+    rarity = (1 - chi.float()) ** lam                         # (C,)
+    rarity = rarity[labels.where(labels != IGNORE_INDEX, 0)]  # of each pixel, (B, H, W)
     return loss_of(logits, labels, rarity * confidence)
 
 def _check_shapes(logits, labels, confidence, chi) -> None:

@@ -1,13 +1,18 @@
-"Affine maps and the fusion of views: against exact arithmetic, against the obvious version, and their symmetries."
+"Affine maps and the fusion of views: exact arithmetic, the obvious version, symmetries; pools."
+import itertools
+import re
+import sys
 from fractions import Fraction
 
+import nbformat
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torchvision.transforms.v2.functional import resized_crop
 
-from sac_lit.core import generator
-from sac_lit.crop_fusion import POOLS, crop_theta, fuse, invert_theta, warp
+from house import NBS
+from sac_lit.core import UserError, generator
+from sac_lit.crop_fusion import POOLS, crop_theta, divide, fuse, invert_theta, warp
 
 quick = settings(deadline=None, derandomize=True, max_examples=30)
 seeds = st.integers(0, 2 ** 31)
@@ -19,22 +24,27 @@ def frames(draw, overhang=0):
     "A canvas, and a box of whole pixels that lies on it (or hangs over by at most `overhang`)."
     H, W = draw(st.integers(2, 12)), draw(st.integers(2, 12))
     top, left = draw(st.integers(-overhang, H - 1)), draw(st.integers(-overhang, W - 1))
-    height, width = draw(st.integers(max(1, 1 - top), H + overhang - top)), draw(st.integers(max(1, 1 - left), W + overhang - left))
+    height = draw(st.integers(max(1, 1 - top), H + overhang - top))
+    width = draw(st.integers(max(1, 1 - left), W + overhang - left))
     return (H, W), (top, left, height, width), draw(st.booleans())
 
 
 def group(seed, B=2, T=3, C=4, size=(8, 12), whole=True, dtype=torch.float32):
     "Softmax of T views with random boxes, the first of which is the whole canvas."
     g, (H, W) = generator(seed, "group"), size
-    height, width = torch.randint(H // 2, H + 1, (B, T), generator=g), torch.randint(W // 2, W + 1, (B, T), generator=g)
-    top, left = (torch.rand(B, T, generator=g) * (H - height + 1)).long(), (torch.rand(B, T, generator=g) * (W - width + 1)).long()
-    if whole: top[:, 0], left[:, 0], height[:, 0], width[:, 0] = 0, 0, H, W
-    theta = crop_theta(top, left, height, width, size, torch.rand(B, T, generator=g) < .5)
+    height = torch.randint(H // 2, H + 1, (B, T), generator=g)
+    width = torch.randint(W // 2, W + 1, (B, T), generator=g)
+    top = (torch.rand(B, T, generator=g) * (H - height + 1)).long()
+    left = (torch.rand(B, T, generator=g) * (W - width + 1)).long()
+    boxes = torch.stack([top, left, height, width], -1)                # (B, T, 4)
+    if whole: boxes[:, 0] = torch.tensor([0, 0, H, W])
+    theta = crop_theta(*boxes.unbind(-1), size, torch.rand(B, T, generator=g) < .5)
     return (2 * torch.randn(B, T, C, H, W, generator=g, dtype=dtype)).softmax(2), theta
 
 
 def square(theta):
-    return torch.cat([theta, theta.new_tensor([[0, 0, 1]]).expand(*theta.shape[:-2], 1, 3)], -2)
+    last = theta.new_tensor([[0, 0, 1]]).expand(*theta.shape[:-2], 1, 3)
+    return torch.cat([theta, last], -2)
 
 
 # ---------------------------------------------------------------- maps
@@ -45,10 +55,11 @@ def test_theta_takes_corners_of_the_view_to_corners_of_the_box(frame):
     (H, W), (top, left, height, width), flip = frame
     theta = crop_theta(top, left, height, width, (H, W), flip)
     for x, y in ((-1, -1), (1, -1), (-1, 1), (1, 1)):
-        column = left + width * ((x == 1) != flip)                     # of the box, in pixels of the canvas
+        column = left + width * ((x == 1) != flip)  # of the box, in pixels of the canvas
         row = top + height * (y == 1)
         expected = [float(Fraction(2 * column, W) - 1), float(Fraction(2 * row, H) - 1)]
-        torch.testing.assert_close(theta @ torch.tensor([x, y, 1.]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        corner = theta @ torch.tensor([x, y, 1.])
+        torch.testing.assert_close(corner, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0, 4)])
@@ -58,7 +69,8 @@ def test_theta_of_tensors_is_that_of_numbers(shape):
     flips = torch.rand(shape, generator=g) < .5
     theta = crop_theta(*boxes.unbind(-1), (9, 17), flips)
     assert theta.shape == (*shape, 2, 3) and theta.dtype == torch.float32
-    for one, box, flip in zip(theta.reshape(-1, 2, 3), boxes.reshape(-1, 4), flips.reshape(-1)):
+    flat = zip(theta.reshape(-1, 2, 3), boxes.reshape(-1, 4), flips.reshape(-1))
+    for one, box, flip in flat:
         assert torch.equal(one, crop_theta(*box.tolist(), (9, 17), bool(flip)))
 
 
@@ -68,7 +80,8 @@ def test_inverse_is_exact_for_any_affine_map(seed):
     theta = torch.randn(2, 3, 2, 3, generator=generator(seed, "affine"), dtype=torch.float64)
     theta[..., :2] += 4 * torch.eye(2)
     both = square(theta) @ square(invert_theta(theta))
-    torch.testing.assert_close(both, torch.eye(3, dtype=torch.float64).expand(2, 3, 3, 3), atol=1e-12, rtol=0)
+    unit = torch.eye(3, dtype=torch.float64).expand(2, 3, 3, 3)
+    torch.testing.assert_close(both, unit, atol=1e-12, rtol=0)
     torch.testing.assert_close(invert_theta(invert_theta(theta)), theta)
 
 
@@ -85,26 +98,28 @@ def test_boxes_of_whole_pixels_are_cut_and_pasted_exactly(frame, seed, mode):
     torch.testing.assert_close(cut, inside.flip(-1) if flip else inside, atol=1e-5, rtol=0)
     pasted = torch.zeros_like(x)
     pasted[..., top:top + height, left:left + width] = inside
-    torch.testing.assert_close(warp(cut, invert_theta(theta), size, mode), pasted, atol=1e-5, rtol=0)
+    back = warp(cut, invert_theta(theta), size, mode)
+    torch.testing.assert_close(back, pasted, atol=1e-5, rtol=0)
 
 
 @quick
 @given(st.integers(8, 24), st.integers(8, 24), seeds, st.booleans())
 def test_enlarged_crops_are_those_of_torchvision_away_from_the_rim(H, W, seed, flip):
-    g = generator(seed, "crop")
-    height, width = (int(torch.randint((n + 1) // 2, n + 1, (), generator=g)) for n in (H, W))     # enlarged at most twice
+    g = generator(seed, "crop")                                        # enlarged at most twice
+    height, width = (int(torch.randint((n + 1) // 2, n + 1, (), generator=g)) for n in (H, W))
     top, left = (int(torch.randint(0, n + 1, (), generator=g)) for n in (H - height, W - width))
     x = torch.rand(1, 3, H, W, generator=g)
     expected = resized_crop(x, top, left, height, width, [H, W], antialias=False)
     view = warp(x, crop_theta(top, left, height, width, (H, W), flip)[None], (H, W))
-    inner = (..., slice(1, -1), slice(1, -1))                          # at the rim torchvision repeats the last pixel of the box
-    torch.testing.assert_close(view[inner], (expected.flip(-1) if flip else expected)[inner], atol=1e-5, rtol=0)
+    if flip: expected = expected.flip(-1)
+    inner = (..., slice(1, -1), slice(1, -1))  # its rim repeats the box's last pixel
+    torch.testing.assert_close(view[inner], expected[inner], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
 def test_warp_never_computes_in_less_than_the_precision_of_theta(dtype):
-    x = torch.randint(0, 2, (1, 1, 6, 300), generator=generator(0)).to(dtype)      # bfloat16 could not tell 300 columns apart
-    same = warp(x, torch.eye(2, 3)[None], (6, 300))
+    x = torch.randint(0, 2, (1, 1, 6, 300), generator=generator(0)).to(dtype)
+    same = warp(x, torch.eye(2, 3)[None], (6, 300))  # bfloat16 knows no 300 columns
     assert same.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(same, x.to(same.dtype), atol=1e-4, rtol=0)
 
@@ -115,7 +130,7 @@ def test_warp_never_computes_in_less_than_the_precision_of_theta(dtype):
 @given(seeds, pools)
 def test_fused_is_a_distribution_where_seen_and_nothing_elsewhere(seed, pool):
     probs, theta = group(seed, whole=False)
-    valid = torch.rand(*probs.shape[:2], *probs.shape[3:], generator=generator(seed, "valid")) < .6
+    valid = torch.rand(2, 3, 8, 12, generator=generator(seed, "valid")) < .6
     fused, seen = fuse(probs, theta, valid, pool=pool)
     assert fused.shape == probs.shape and seen.dtype == torch.bool and seen.shape == valid.shape
     torch.testing.assert_close(fused.sum(2), seen.float(), atol=1e-5, rtol=0)
@@ -171,9 +186,9 @@ def test_mirroring_a_view_and_saying_so_changes_nothing_for_the_others(seed):
 @given(seeds)
 def test_on_the_canvas_the_mean_is_taken_over_views_that_see_the_pixel(seed):
     size, g = (6, 8), generator(seed, "canvas")
-    boxes = torch.tensor([[0, 0, 6, 8], [0, 0, 3, 4], [3, 4, 3, 4]])  # halves: enlarged exactly twice
+    boxes = torch.tensor([[0, 0, 6, 8], [0, 0, 3, 4], [3, 4, 3, 4]])   # halves: enlarged twice
     small = torch.randn(3, 5, 3, 4, generator=g, dtype=torch.float64).softmax(1)
-    probs = small.repeat_interleave(2, -2).repeat_interleave(2, -1)   # constant over the four pixels of each pixel of the canvas
+    probs = small.repeat_interleave(2, -2).repeat_interleave(2, -1)  # each of its pixels fourfold
     probs[0] = torch.randn(5, 6, 8, generator=g, dtype=torch.float64).softmax(0)
     expected = probs[0].clone()
     expected[:, :3, :4] = (expected[:, :3, :4] + small[1]) / 2
@@ -188,8 +203,11 @@ def test_min_entropy_takes_whole_distributions_from_the_surest_view(seed):
     probs, _ = group(seed)
     theta = torch.eye(2, 3).expand(2, 3, 2, 3)                         # all views in one place
     surest = torch.special.entr(probs).sum(2).argmin(1)                # (B, H, W)
-    expected = torch.stack([torch.stack([probs[b, surest[b, i, j], :, i, j] for i in range(8) for j in range(12)], -1) for b in range(2)]).unflatten(-1, (8, 12))
-    torch.testing.assert_close(fuse(probs, theta, pool="min_entropy")[0][:, 0], expected, atol=1e-4, rtol=0)
+    expected = torch.zeros(2, 4, 8, 12)
+    for b, i, j in itertools.product(range(2), range(8), range(12)):
+        expected[b, :, i, j] = probs[b, surest[b, i, j], :, i, j]
+    fused, _ = fuse(probs, theta, pool="min_entropy")
+    torch.testing.assert_close(fused[:, 0], expected, atol=1e-4, rtol=0)
 
 
 @quick
@@ -197,10 +215,12 @@ def test_min_entropy_takes_whole_distributions_from_the_surest_view(seed):
 def test_padding_has_no_vote(seed, pool):
     probs, theta = group(seed)
     valid = torch.rand(2, 3, 8, 12, generator=generator(seed, "valid")) < .5
-    garbage = torch.where(valid[:, :, None], probs, torch.rand(probs.shape, generator=generator(seed, "garbage")))
-    torch.testing.assert_close(fuse(garbage, theta, valid, pool)[0], fuse(probs, theta, valid, pool)[0])
-    everywhere = torch.ones_like(valid)
-    torch.testing.assert_close(fuse(probs, theta, everywhere, pool)[0], fuse(probs, theta, pool=pool)[0])
+    garbage = torch.rand(probs.shape, generator=generator(seed, "garbage"))
+    garbage = torch.where(valid[:, :, None], probs, garbage)
+    fused, _ = fuse(probs, theta, valid, pool)
+    torch.testing.assert_close(fuse(garbage, theta, valid, pool)[0], fused)
+    fused, _ = fuse(probs, theta, pool=pool)
+    torch.testing.assert_close(fuse(probs, theta, torch.ones_like(valid), pool)[0], fused)
 
 
 @quick
@@ -209,7 +229,8 @@ def test_float32_is_as_good_as_float64(seed):
     probs, theta = group(seed, dtype=torch.float64)
     exact, seen = fuse(probs, theta)
     fused, seen_too = fuse(probs.float(), theta)
-    assert exact.dtype == torch.float64 and fused.dtype == torch.float32 and torch.equal(seen, seen_too)
+    assert exact.dtype == torch.float64 and fused.dtype == torch.float32
+    assert torch.equal(seen, seen_too)
     torch.testing.assert_close(fused.double(), exact, atol=1e-5, rtol=0)
 
 
@@ -226,11 +247,106 @@ def test_lower_precision_is_fused_in_float32_and_inputs_are_left_alone():
 @pytest.mark.parametrize("change, words", [
     (dict(theta=torch.eye(2, 3).expand(2, 4, 2, 3)), "theta has shape"),
     (dict(theta=torch.eye(2, 3).expand(6, 2, 3)), "theta has shape"),
-    (dict(valid=torch.ones(2, 1, 8, 12, dtype=torch.bool)), "valid has shape"),
-    (dict(pool="max"), "pool is 'max', expected one of mean, min_entropy")])
+    (dict(valid=torch.ones(2, 1, 8, 12, dtype=torch.bool)), "valid has shape")])
 def test_what_would_broadcast_in_silence_is_refused(change, words):
     probs, theta = group(0)
     with pytest.raises(ValueError, match=words): fuse(probs, **{"theta": theta, **change})
+
+
+# ---------------------------------------------------------------- pools
+
+@quick
+@given(seeds)
+def test_both_min_entropy_pools_agree_where_boxes_are_whole_pixels(seed):
+    probs, theta = group(seed)
+    ours, _ = fuse(probs, theta, pool="min_entropy")
+    theirs, _ = fuse(probs, theta, pool="released_min_entropy")
+    assert ((ours - theirs).abs().amax(2) > 1e-4).float().mean() < .01  # near ties
+
+
+def test_the_released_pool_takes_the_entropy_before_the_weight_is_divided_out():
+    doubtful, surer = torch.full((4,), .25), torch.tensor([.55, .15, .15, .15])
+    weight = torch.tensor([.5, 1.]).view(1, 2, 1, 1, 1)                # the first is seen by half
+    weighted = torch.stack([doubtful, surer])[None, :, :, None, None] * weight
+    for pool, taken in (("min_entropy", surer), ("released_min_entropy", doubtful)):
+        pooled, seen = divide(*POOLS[pool](weighted, weight))
+        torch.testing.assert_close(pooled.flatten(), taken)
+        assert seen.all()
+
+
+POOLS_OF_ONES_OWN = """
+import torch
+
+def first(weighted, weight): return weighted[:, 0], weight[:, 0]
+def bare(weighted, weight): return weighted.mean(1)
+def swapped(weighted, weight): return weight.sum(1), weighted.sum(1)
+def unreduced(weighted, weight): return weighted, weight
+def three(weighted, weight): return weighted[:, 0], weight[:, 0], None
+def numbers(weighted, weight): return 1, 2
+def one_argument(weighted): return weighted
+table = {}
+"""
+
+
+@pytest.fixture
+def mypools(tmp_path, monkeypatch):
+    (tmp_path/"mypools.py").write_text(POOLS_OF_ONES_OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mypools", None)
+
+
+def test_a_pool_of_ones_own(mypools):
+    probs, theta = group(0)
+    fused, seen = fuse(probs, theta, pool="mypools:first")             # view 0 tells all views
+    alone, _ = fuse(probs[:, :1], theta[:, :1])
+    torch.testing.assert_close(fused[:, :1], alone)
+    assert seen.all()
+
+
+@pytest.mark.parametrize("pool, words", [
+    ("max", "--pool max: no such entry; choose one of mean, min_entropy"),
+    ("mypools:missing", "--pool mypools:missing: cannot be imported"),
+    ("nowhere:at_all", "--pool nowhere:at_all: cannot be imported"),
+    ("mypools:one_argument", "cannot be called .* takes 1 positional argument but 2 were given"),
+    ("mypools:table", "cannot be called .*'dict' object is not callable"),
+    ("mypools:bare", "returned one Tensor"),
+    ("mypools:swapped", r"returned \[\(2, 1, 8, 12\), \(2, 4, 8, 12\)\]"),
+    ("mypools:unreduced", r"returned \[\(2, 3, 4, 8, 12\), \(2, 3, 1, 8, 12\)\]"),
+    ("mypools:three", r"returned .*, \(\)\]"),
+    ("mypools:numbers", r"returned \[\(\), \(\)\]")])
+def test_what_is_no_pool_gets_one_sentence(mypools, pool, words):
+    with pytest.raises(UserError, match=words) as error: fuse(*group(0), pool=pool)
+    text = str(error.value)
+    assert "\n" not in text
+    if "mypools" in pool and "missing" not in pool:
+        assert "returns a map (B, C, H, W) and its weight (B, 1, H, W)" in text
+
+
+def answer(name):
+    "The code of a folded answer in the notebook."
+    notebook = nbformat.read(NBS/"04_crop_fusion.ipynb", 4)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return re.search(rf"```python\n(# answer: {name}\n.*?)```", text, re.S)[1]
+
+
+def test_the_exercise_adds_a_pool(monkeypatch):
+    monkeypatch.setitem(POOLS, "median", None)                         # gone again after the test
+    code = answer("median")
+    assert len(code.splitlines()) <= 20
+    exec(code, {})
+    probs = torch.rand(2, 3, 4, 8, 12, generator=generator(0)).softmax(2)
+    one_place = torch.eye(2, 3).expand(2, 3, 2, 3)
+    fused, seen = fuse(probs, one_place, pool="median")  # of three views: the middle one
+    expected = probs.median(1).values
+    expected = expected / expected.sum(1, keepdim=True)
+    torch.testing.assert_close(fused[:, 0], expected, atol=1e-5, rtol=0)
+    pair, _ = fuse(probs[:, :2], one_place[:, :2], pool="median")      # of two: their mean
+    torch.testing.assert_close(pair[:, 0], probs[:, :2].mean(1), atol=1e-5, rtol=0)
+    probs, theta = group(1, whole=False)
+    valid = torch.rand(2, 3, 8, 12, generator=generator(0, "valid")) < .6
+    fused, seen = fuse(probs, theta, valid, pool="median")
+    torch.testing.assert_close(fused.sum(2), seen.float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
