@@ -4,30 +4,30 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MomentumNetwork', 'Views', 'SelfSupervision', 'pseudo_supervision', 'forward_backward', 'Execution',
-           'class_shares', 'sac_step']
+           'sac_step']
 
 # %% ../nbs/08_ema_training.ipynb #17c3ac6f
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, NamedTuple
-import copy
 
 import torch
 import torch.nn as nn
 
-from .core import lookup
-from .deeplabv2 import upsample
 from .abn_pretraining import cross_entropy, freeze_bn
+from .core import lookup
 from .crop_fusion import fuse
-from .moving_threshold import ClassPrior, pseudo_labels
+from .deeplabv2 import upsample
 from .focal_loss import CONFIDENCES, focal_loss
+from .moving_threshold import ClassPrior, pseudo_labels
 
 # %% ../nbs/08_ema_training.ipynb #807f4a42
 class MomentumNetwork(nn.Module):
     "The moving average of a network (eq. 9): always in evaluation mode, without gradients."
     def __init__(self,
-                 model: nn.Module,  # the segmentation network; copied, not kept
+                 model: nn.Module,       # the segmentation network; copied, not kept
                  momentum: float = .99,  # gamma_psi in [0, 1]; 1 freezes the teacher, 0 copies the student
                 ):
         super().__init__()
@@ -43,8 +43,10 @@ class MomentumNetwork(nn.Module):
         "Move parameters and running statistics towards those of `model`; counters are copied."
         theirs = model.state_dict()
         for name, mine in self.model.state_dict().items():
-            if mine.is_floating_point(): mine.lerp_(theirs[name], 1 - self.momentum)     # eq. 9
-            else: mine.copy_(theirs[name])
+            if mine.is_floating_point():
+                mine.lerp_(theirs[name], 1 - self.momentum)               # eq. 9
+            else:
+                mine.copy_(theirs[name])
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -55,7 +57,7 @@ class MomentumNetwork(nn.Module):
 class Views(NamedTuple):
     "A target batch: B groups of T views, of which t are here; t < T where processes share a group."
     clean: torch.Tensor  # (B, t, 3, H, W), normalised, for the momentum network
-    noisy: torch.Tensor  # (B, t, 3, H, W), the same with photometric noise, for the segmentation network
+    noisy: torch.Tensor  # (B, t, 3, H, W), the same with photometric noise, for the student
     theta: torch.Tensor  # (B, T, 2, 3), from view to canvas, for all views of the group
     mine: slice = slice(None)  # which of the T views are here
 
@@ -64,27 +66,32 @@ class Views(NamedTuple):
 class SelfSupervision:
     "Hyper-parameters of the target loss, with the values of the paper (section 4.1)."
     zeta: float = .75  # upper bound of the threshold, as a share of the peak confidence (eq. 3)
-    beta: float = 1e-3  # class prior below which the threshold is lowered (eq. 3); chi before the first update
+    beta: float = 1e-3  # prior below which the threshold is lowered (eq. 3); chi before any update
     floor: float = 0.  # least threshold; the released models use 0.2 (ResNet-101) and 0.1 (VGG)
     lam: float = 3.  # focal exponent (eq. 6)
     target_weight: float = 5.  # weight of the target loss beside the source loss
     pool: str = "mean"  # how views are fused: a key of POOLS, or module:function
-    confidence: str = "pixel"  # weight in the loss, a key of CONFIDENCES: the pixel's own (eq. 6), batch (as released), none
+    confidence: str = "pixel"  # weight in the loss: a key of CONFIDENCES, or module:function
 
 # %% ../nbs/08_ema_training.ipynb #4d6ba226
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    "What a process that is alone exchanges with the others: nothing."
+    return x
+
 @torch.no_grad()
 def pseudo_supervision(teacher: MomentumNetwork,
-                       prior: ClassPrior,     # updated here
+                       prior: ClassPrior,  # updated here
                        views: Views,
                        hp: SelfSupervision = SelfSupervision(),
-                       reduce=lambda x: x,    # takes a tensor to its mean over processes
-                       gather=lambda x: x,    # takes (B, t, ...) to (B, T, ...)
+                       reduce=_alone,      # takes a tensor to its mean over processes
+                       gather=_alone,      # takes (B, t, ...) to (B, T, ...)
                       ) -> tuple[torch.Tensor, torch.Tensor]:  # labels, confidence: (B·t, H, W) each
-    "Pseudo labels of a target batch (section 3.3, eqs. 1-5)."
-    B, t = views.clean.shape[:2]
-    logits = gather(teacher(views.clean.flatten(0, 1)).unflatten(0, (B, t)))     # (B, T, C, h, w)
-    T, size = logits.shape[1], views.clean.shape[-2:]
-    probs = upsample(logits.flatten(0, 1).float(), size).softmax(1).unflatten(0, (B, T))
+    "Pseudo labels of a target batch (section 3.3, eqs. 1 to 5)."
+    (B, t), size = views.clean.shape[:2], views.clean.shape[-2:]
+    logits = teacher(views.clean.flatten(0, 1)).unflatten(0, (B, t))      # (B, t, C, h, w)
+    logits = gather(logits).float()                                       # (B, T, C, h, w)
+    probs = upsample(logits.flatten(0, 1), size).softmax(1)               # (B·T, C, H, W)
+    probs = probs.unflatten(0, (B, -1))                                   # (B, T, C, H, W)
     prior.update(probs, reduce)                                           # eqs. 1 and 2
     fused, _ = fuse(probs, views.theta, pool=hp.pool)                     # (B, T, C, H, W)
     mine = fused[:, views.mine].flatten(0, 1)                             # (B·t, C, H, W)
@@ -105,57 +112,57 @@ def forward_backward(model: nn.Module,
 
 @dataclass(frozen=True)
 class Execution:
-    "How a step is carried out: which form of its parts, on how many processes. The result is the same."
-    cross_entropy: Callable = cross_entropy            # twins of these three are in 08a_fast
+    "How a step is carried out. The result is the same, to rounding."
+    cross_entropy: Callable = cross_entropy            # these three have faster twins in 08a
     pseudo_supervision: Callable = pseudo_supervision
     forward_backward: Callable = forward_backward
-    no_sync: Callable = nullcontext                    # holds back the exchange of gradients
-    reduce: Callable = lambda x: x                     # takes a tensor to its mean over processes
-    gather: Callable = lambda x: x                     # takes (B, t, ...) to (B, T, ...)
+    no_sync: Callable = nullcontext                    # in it, gradients are not exchanged yet
+    reduce: Callable = _alone                          # takes a tensor to its mean over processes
+    gather: Callable = _alone                          # takes (B, t, ...) to (B, T, ...)
 
-PLAIN = Execution()  # every part in its plain form, one process
-
-# %% ../nbs/08_ema_training.ipynb #903bd2fb
-def class_shares(labels: torch.Tensor,  # (B, H, W), with `IGNORE_INDEX`
-                 num_classes: int,
-                ) -> torch.Tensor:      # (C,)
-    "Share of all pixels that each class has."
-    return torch.histc(labels.float(), num_classes, 0, num_classes) / labels.numel()   # 255 lies outside
-
-def _everywhere(reduce, loss_source: torch.Tensor, loss_target: torch.Tensor,
-               accepted: torch.Tensor) -> dict[str, torch.Tensor]:
-    "Losses and accepted shares over all processes. Raises `FloatingPointError` where one is not finite."
-    mean = reduce(torch.cat([loss_source[None], loss_target[None], accepted]))
-    if not torch.isfinite(mean).all():
-        raise FloatingPointError(f"source loss {loss_source.item()}, target loss {loss_target.item()}")
-    return {"loss_source": mean[0], "loss_target": mean[1], "accepted": mean[2:]}
+PLAIN = Execution()  # every part as in 03 to 08, on one process
 
 # %% ../nbs/08_ema_training.ipynb #f9ce3971
 def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen here
-             teacher: MomentumNetwork,
-             prior: ClassPrior,
+             teacher: MomentumNetwork,  # not moved here
+             prior: ClassPrior,  # updated here
              optimizer: torch.optim.Optimizer,
              images: torch.Tensor,  # source, normalised (B, 3, H, W)
              labels: torch.Tensor,  # source, int64 (B, H, W)
              views: Views,  # target
              hp: SelfSupervision = SelfSupervision(),
              how: Execution = PLAIN,
-            ) -> dict[str, torch.Tensor]:  # detached: both losses, and the share of each pseudo label (C,)
-    """One joint target-source step (section 3.4); the momentum network is updated elsewhere.
+            ) -> dict[str, torch.Tensor]:  # both losses, and the share of each pseudo label (C,)
+    """One joint target-source step (section 3.4), in which the momentum network does not move.
 
     A loss that is not finite, on any process, raises `FloatingPointError` before the optimizer moves."""
     freeze_bn(model.train())
     optimizer.zero_grad()
-    with how.no_sync():
-        loss_source = how.forward_backward(model, how.cross_entropy, images, labels)
+
+    with how.no_sync():                                                   # the exchange comes below
+        source = how.forward_backward(model, how.cross_entropy, images, labels)
 
     pseudo, confidence = how.pseudo_supervision(teacher, prior, views, hp, how.reduce, how.gather)
-    confidence = lookup(CONFIDENCES, hp.confidence, "sac.loss.confidence")(confidence, how.reduce)
+    weigh = lookup(CONFIDENCES, hp.confidence, "sac.loss.confidence")
+    weight = weigh(confidence, how.reduce)                                # (B·t, H, W)
 
     target_loss = partial(focal_loss, chi=prior.chi, lam=hp.lam, loss_of=how.cross_entropy)
     noisy = views.noisy.flatten(0, 1)                                     # (B·t, 3, H, W)
-    loss_target = how.forward_backward(model, target_loss, noisy, pseudo, confidence,
-                                       factor=hp.target_weight)
-    found = _everywhere(how.reduce, loss_source, loss_target, class_shares(pseudo, len(prior.chi)))
+    target = how.forward_backward(model, target_loss, noisy, pseudo, weight,
+                                  factor=hp.target_weight)
+
+    losses = _losses(source, target, _class_shares(pseudo, len(prior.chi)), how.reduce)
     optimizer.step()
-    return found
+    return losses
+
+# %% ../nbs/08_ema_training.ipynb #903bd2fb
+def _class_shares(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    "Share of all pixels that each class has, (C,); 255 lies outside and belongs to none."
+    return torch.histc(labels.float(), num_classes, 0, num_classes) / labels.numel()
+
+def _losses(source: torch.Tensor, target: torch.Tensor, accepted: torch.Tensor, reduce) -> dict:
+    "Both losses and the accepted shares over all processes. Raises `FloatingPointError`."
+    mean = reduce(torch.cat([source[None], target[None], accepted]))      # (2 + C,)
+    if not torch.isfinite(mean).all():
+        raise FloatingPointError(f"source loss {source.item()}, target loss {target.item()}")
+    return {"loss_source": mean[0], "loss_target": mean[1], "accepted": mean[2:]}

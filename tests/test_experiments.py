@@ -1,74 +1,176 @@
 """The command line of the studies, in a small size; what they say is in the notebook."""
+import importlib.util
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+from house import NBS
+from PIL import Image
 
 import sac_lit.experiments as experiments
-from sac_lit.runs import remove
-from sac_lit.train import MODEL_FOLDER
+from sac_lit.config import PRESETS, STAGES, TOY
+from sac_lit.core import NAMES, remove
+from sac_lit.experiments import STUDIES, Study, scores, summary, variant
+from sac_lit.train import train
+
+
+def tiny(base):
+    "The same configuration at postage-stamp size."
+    few = dict(steps=4, source_batch=2, crop=(32, 64))
+    return replace(base, log_every=2, checkpoint_every=6, eval_every=0,
+                   data=replace(base.data, toy_train=6, toy_val=4, toy_size=(32, 64)),
+                   abn=replace(base.abn, target_batch=2, **few), sac=replace(base.sac, **few))
+
+
+PAIR = {"SAC": "", "no target loss": "--sac.loss.target-weight 0"}
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     "A study of two settings at postage-stamp size, in an empty folder."
-    base, pair = experiments.STUDY, {"SAC": "", "no target loss": "--sac.loss.target-weight 0"}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(experiments.STUDIES, "ablation", pair)
-    monkeypatch.setattr(experiments, "STUDY", replace(
-        base, log_every=2, checkpoint_every=6, data=replace(base.data, toy_train=6, toy_val=2, toy_size=(32, 64)),
-        abn=replace(base.abn, steps=4, source_batch=2, target_batch=2, crop=(32, 64)), sac=replace(base.sac, steps=4, source_batch=2, crop=(32, 64))))
+    monkeypatch.setitem(STUDIES, "ablation", Study(PAIR, tiny(experiments.SHORT_TOY)))
     return tmp_path
+
+
+def refused(argv, capsys):
+    "The one line that a command says on its way out."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end: experiments.main(argv)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.strip().splitlines()) == 1
+    return error
 
 
 def test_shells_side_by_side_and_one_that_collects(small, capsys):
     "A seed each; then all of them, where nothing is left to train."
     for seed in "01": experiments.main(["ablation", "--seeds", seed])
-    made = {p: p.stat().st_mtime_ns for p in (small / "runs").rglob("*") if "seed" in p.name}
+    runs = [p for p in (small / "runs").rglob("*") if "seed" in p.name]
+    made = {p: p.stat().st_mtime_ns for p in runs}
     capsys.readouterr()
     experiments.main(["ablation", "--seeds", "0", "1", "--out", "both.json"])
     assert {p: p.stat().st_mtime_ns for p in made} == made
-    rows = json.loads((small / "both.json").read_text())
-    assert [(r["title"], r["seed"]) for r in rows] == [("SAC", 0), ("no target loss", 0), ("SAC", 1), ("no target loss", 1)]
-    assert "no target loss" in (out := capsys.readouterr().out) and out.endswith("both.json\n")
+    found = json.loads((small / "both.json").read_text())
+    assert found["command"] == (
+        "python -m sac_lit.experiments ablation --seeds 0 1 --out both.json")
+    assert [(r["title"], r["seed"]) for r in found["rows"]] == [
+        ("SAC", 0), ("no target loss", 0), ("SAC", 1), ("no target loss", 1)]
+    out = capsys.readouterr().out
+    assert "no target loss" in out and out.endswith("both.json\n")
 
 
 def test_a_broken_run_is_one_sentence(small, capsys):
     (small / "runs" / "study_seed0").mkdir(parents=True)
     (small / "runs" / "study_seed0" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as end: experiments.main(["ablation", "--seeds", "0"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: runs/study_seed0") and len(error.strip().splitlines()) == 1
+    error = refused(["ablation", "--seeds", "0"], capsys)
+    assert error.startswith("error: runs/study_seed0")
 
 
 def test_a_run_of_other_settings_is_not_taken_for_a_result(small, capsys, monkeypatch):
     experiments.main(["ablation", "--seeds", "0"])
-    monkeypatch.setattr(experiments, "STUDY", replace(experiments.STUDY, sac=replace(experiments.STUDY.sac, period=2)))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end: experiments.main(["ablation", "--seeds", "0"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: runs/study_seed0 holds a run of another configuration (sac.period 1 there, 2 here)")
+    base = STUDIES["ablation"].base
+    slower = replace(base, sac=replace(base.sac, period=2))
+    monkeypatch.setitem(STUDIES, "ablation", Study(PAIR, slower))
+    assert refused(["ablation", "--seeds", "0"], capsys).startswith(
+        "error: runs/study_seed0 holds a run of another configuration "
+        "(sac.period 1 there, 2 here)")
 
 
 def test_a_report_of_a_run_that_was_cut_off_is_not_its_end(small):
+    results = small / "runs" / "ablation.json"
+
+    def miou(): return {r["title"]: r["sac"] for r in json.loads(results.read_text())["rows"]}
+
     experiments.main(["ablation", "--seeds", "0"])
     folder = small / "runs" / "study_seed0_sac"
-    remove(folder / MODEL_FOLDER["sac"])  # as `report FOLDER` leaves a run that goes on
-    made = {r["title"]: r["sac"] for r in json.loads((small / "runs" / "ablation.json").read_text())}
+    remove(folder / STAGES["sac"].folder)      # as `report FOLDER` leaves a run that goes on
+    made = miou()
     with open(folder / "log.jsonl", "a") as log: log.write('{"event": "evaluation", "st')
     experiments.main(["ablation", "--seeds", "0"])
-    assert (folder / MODEL_FOLDER["sac"]).exists()
-    assert {r["title"]: r["sac"] for r in json.loads((small / "runs" / "ablation.json").read_text())} == made
+    assert (folder / STAGES["sac"].folder).exists()
+    assert miou() == made
 
 
 @pytest.mark.parametrize("wrong", [["--seeds"], ["--seeds", "0", "0"], ["--out", "."]])
 def test_what_cannot_work_is_refused_before_training(small, capsys, wrong):
-    with pytest.raises(SystemExit) as end: experiments.main(["ablation", *wrong])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith(f"error: {wrong[0]}") and len(error.strip().splitlines()) == 1
+    assert refused(["ablation", *wrong], capsys).startswith(f"error: {wrong[0]}")
     assert [*small.iterdir()] == []
 
 
 def test_unknown_study(capsys):
     with pytest.raises(SystemExit) as end: experiments.main(["everything"])
     assert end.value.code == 2 and "ablation" in "".join(capsys.readouterr())
+
+
+def test_a_study_of_ones_own(small, capsys):
+    Path("mine.py").write_text(
+        "from sac_lit.experiments import STUDIES, Study\n"
+        "STUDY = Study({'SAC': '', 'other beta': '--sac.loss.beta 1e-3'},\n"
+        "              STUDIES['ablation'].base)\n"
+        "NUMBER = 3\n")
+    experiments.main(["mine:STUDY", "--seeds", "0", "--out", "mine.json"])
+    assert len(json.loads(Path("mine.json").read_text())["rows"]) == 2
+    assert "mine:NUMBER: is no Study" in refused(["mine:NUMBER"], capsys)
+
+
+def test_a_study_gives_what_a_run_of_its_own_gives(small):
+    "A setting of `period` in another city, and the same by one command of training."
+    study = STUDIES["period"]._replace(base=replace(tiny(TOY), name="period"))
+    first = study.start(100)
+    assert (first.seed, first.data.toy_seed, study.start(0).data.toy_seed) == (100, 1, 0)
+    row = experiments.run_study(study, seeds=[100])[1]
+    whole = variant(first, row["options"])
+    whole = replace(whole, name="whole", stages=TOY.stages, sac=replace(whole.sac, start=None))
+    found = scores(train(whole).folder)
+    assert found["abn"]["student"]["miou"] == row["abn"]
+    assert found["sac"]["student"] == {"miou": row["sac"], "iou": row["iou"]}
+
+
+def test_the_exercise_adds_a_study(small, monkeypatch):
+    "Its answer is run as it stands on the page, in a small size."
+    cells = json.loads((NBS / "11_experiments.ipynb").read_text())["cells"]
+    source = "".join("".join(c["source"]) + "\n" for c in cells)
+    code = re.search(r"```python\n(# answer: study\n.*?)```", source, re.S)[1]
+    base = tiny(experiments.SHORT_TOY)
+    names = {"STUDIES": {}, "Study": lambda table: Study(table, base), "summary": summary,
+             "run_study": experiments.run_study}
+    exec(code, names)
+    views = [(variant(base, o).sac.num_crops + 1) * variant(base, o).sac.groups
+             for o in names["STUDIES"]["crops"].settings.values()]
+    assert len(names["rows"]) == 3 and len({*views}) == 1
+
+
+# ---------------------------------------------------------------- nbs/site/collect.py
+
+@pytest.fixture
+def collect(monkeypatch, tmp_path):
+    "The script, writing into an empty folder, for a preset at postage-stamp size."
+    spec = importlib.util.spec_from_file_location("collect", NBS / "site" / "collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "OUT", tmp_path / "results")
+    monkeypatch.setitem(PRESETS, "toy", ("small", tiny(TOY)))
+    return module
+
+
+def test_collected_results_name_their_commands(collect, capsys):
+    train(replace(tiny(TOY), name="toy_seed3", seed=3))
+    train(replace(tiny(TOY), name="toy_seed3", seed=3, stages=("source",)))
+    collect.main("toy", "runs/toy_seed3")
+    found = json.loads(Path("results/toy.json").read_text())
+    assert found["command"].splitlines() == [
+        "python -m sac_lit.train toy --seed 3 --name toy_seed3",
+        "python -m sac_lit.train toy --seed 3 --name toy_seed3 --stages source",
+        "python nbs/site/collect.py toy runs/toy_seed3"]
+    assert found["classes"] == list(NAMES) and {"abn", "sac", "source"} < found["runs"][0].keys()
+    assert np.array(Image.open("results/toy_example.png")).shape == (4 * 32, 64, 3)
+    other = replace(tiny(TOY), sac=replace(tiny(TOY).sac, period=2))
+    PRESETS["toy"] = "small", other
+    for argv, words in ((["toy", "runs/toy_seed3"], "sac.period 4 there, 2 here"),
+                        (["toy", "runs/none"], "holds no run"), (["toys"], "toys: no preset")):
+        with pytest.raises(SystemExit) as end: collect.main(*argv)
+        assert end.value.code == 2 and words in capsys.readouterr().err

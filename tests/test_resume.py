@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on, and the result is that of a run that was left alone."""
+"""Whatever ends a run, the same command goes on, and the result is that of a run left alone."""
 import errno
 import os
 import random
@@ -13,21 +13,22 @@ import pytest
 import torch
 from jobs import ENV, MODULE, SMALL, log, start, train, weights
 
+from sac_lit.config import Config
 from sac_lit.core import UserError
-from sac_lit.runs import Config, Progress, checkpoints, load_checkpoint, open_run, save_checkpoint
+from sac_lit.runs import Progress, checkpoints, load_checkpoint, open_run, save_checkpoint
 from sac_lit.train import main
 
 BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step
+RARE = ("--log-every", "1", "--checkpoint-every", "100")  # none but at the end
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "A folder in which the job has run without trouble."
+def cwd(tmp_path_factory):
+    "A folder in which the job has run without trouble, as `whole`."
     cwd = tmp_path_factory.mktemp("resume")
-    began = time.time()
     done = train(cwd, *BUSY, "--name", "whole")
     assert done.returncode == 0, done.stderr
-    return cwd, time.time() - began
+    return cwd
 
 
 def assert_as_undisturbed(cwd, name, whole="whole"):
@@ -35,10 +36,19 @@ def assert_as_undisturbed(cwd, name, whole="whole"):
     for folder in ("model_abn", "model", "momentum", "best_by_target_labels"):
         a, b = weights(cwd, whole, folder), weights(cwd, name, folder)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), folder
-    logs = [(cwd / "runs" / n / "log.jsonl").read_text() for n in (whole, name)]
+    runs = [cwd / "runs" / n for n in (whole, name)]
+    logs = [(run / "log.jsonl").read_text() for run in runs]
     assert logs[0] == logs[1]
-    files = [sorted(str(p.relative_to(cwd / "runs" / n)) for p in (cwd / "runs" / n).rglob("*")) for n in (whole, name)]
+    files = [sorted(str(p.relative_to(run)) for p in run.rglob("*")) for run in runs]
     assert files[0] == files[1]
+
+
+def assert_continues(cwd, *args, name):
+    "The same command once more ends as the undisturbed run did."
+    done = train(cwd, *args, "--name", name)
+    assert done.returncode == 0, done.stderr
+    assert_as_undisturbed(cwd, name)
+    return done.stdout
 
 
 def wait_for(condition, process, seconds=120):
@@ -46,10 +56,30 @@ def wait_for(condition, process, seconds=120):
     while not condition() and process.poll() is None and time.time() < end: time.sleep(.01)
 
 
-@pytest.mark.parametrize("kills, steps", [(2, "6"), pytest.param(25, "60", marks=pytest.mark.slow)])
-def test_killed_at_random_moments(whole, kills, steps):
-    "Each start lives for a random time after its first sign of life, so that every part of the run is hit, the writing of checkpoints above all."
-    cwd, _ = whole
+def wait_for_log(cwd, process, name, stage="abn"):
+    path = cwd / "runs" / name / "log.jsonl"
+    wait_for(lambda: path.exists() and log(cwd, name, stage=stage), process)
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def one_line(done):
+    "What a command that was refused, or ended with an error, said."
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    return line
+
+
+@pytest.mark.parametrize("kills, steps", [
+    (2, "6"),
+    pytest.param(25, "60", marks=pytest.mark.slow)])
+def test_killed_at_random_moments(cwd, kills, steps):
+    """Each start lives for a random time after its first sign of life.
+
+    So every part of the run is hit, the writing of checkpoints above all."""
     args = (*BUSY, "--abn.steps", steps, "--sac.steps", steps)
     began = time.time()
     assert train(cwd, *args, "--name", f"whole{kills}").returncode == 0
@@ -59,82 +89,73 @@ def test_killed_at_random_moments(whole, kills, steps):
         began, process = time.time(), start(cwd, *args, "--name", name)
         wait_for(lambda began=began: config.exists() and config.stat().st_mtime >= began, process)
         wait_for(lambda: False, process, dice.uniform(0, 2 * work / (kills + 1)))
-        process.kill()
-        process.communicate()
+        kill(process)
     done = train(cwd, *args, "--name", name)
     assert done.returncode == 0, done.stderr
     assert_as_undisturbed(cwd, name, f"whole{kills}")
 
 
 @pytest.mark.parametrize("number, stage", [(signal.SIGTERM, "abn"), (signal.SIGINT, "sac")])
-def test_signal(whole, number, stage):
+def test_signal(cwd, number, stage):
     "The step in progress is finished and saved."
-    cwd, _ = whole
-    name = f"signal{int(number)}"
-    args = ("--checkpoint-every", "100", "--log-every", "1", "--data.workers", "1", "--name", name)
-    process = start(cwd, *args)
-    path = cwd / "runs" / name / "log.jsonl"
-    wait_for(lambda: path.exists() and any(r["stage"] == stage for r in log(cwd, name)), process)
+    name, args = f"signal{int(number)}", (*RARE, "--data.workers", "1")
+    process = start(cwd, *args, "--name", name)
+    wait_for_log(cwd, process, name, stage)
     process.send_signal(number)
     sent = time.time()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and time.time() - sent < 20
-    assert errors.strip().splitlines()[-1].startswith(f"stopped as asked ({stage}, step "), errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"stopped as asked ({stage}, step "), errors
     assert list((cwd / "runs" / name / "checkpoints").glob(f"{stage}_*"))
-    done = train(cwd, *args)
-    assert done.returncode == 0 and f"{stage}: continued from step" in done.stdout
-    assert_as_undisturbed(cwd, name)
+    assert f"{stage}: continued from step" in assert_continues(cwd, *args, name=name)
 
 
-def test_damaged_checkpoint(whole):
+def test_damaged_checkpoint(cwd):
     "A byte flips in the newest checkpoint; the one before takes its place."
-    cwd, _ = whole
-    run = cwd / "runs" / "damaged"
+    folder = cwd / "runs" / "damaged" / "checkpoints"
     process = start(cwd, *BUSY, "--name", "damaged")
-    wait_for(lambda: len(list((run / "checkpoints").glob("sac_*[0-9]"))) == 2, process)
-    process.kill()
-    process.communicate()
-    newest = sorted((run / "checkpoints").glob("sac_*[0-9]"))[-1] / "state.pt"
+    wait_for(lambda: len(list(folder.glob("sac_*[0-9]"))) == 2, process)
+    kill(process)
+    newest = sorted(folder.glob("sac_*[0-9]"))[-1] / "state.pt"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    done = train(cwd, *BUSY, "--name", "damaged")
-    assert done.returncode == 0 and f"{newest.parent.name}: damaged" in done.stdout
-    assert_as_undisturbed(cwd, "damaged")
+    assert f"{newest.parent.name}: damaged" in assert_continues(cwd, *BUSY, name="damaged")
 
 
 def limited(cwd, *args, size):
-    "The job on a file system where no file may grow beyond a size: what a full disk does to a checkpoint."
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return subprocess.run([sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV, preexec_fn=limit, capture_output=True, text=True, timeout=300)
+    "The job where no file may grow beyond a size: what a full disk does to a checkpoint."
+    return subprocess.run(
+        [sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        capture_output=True, text=True, timeout=300)
 
 
-def test_full_disk(whole):
+def test_full_disk(cwd):
     "The state is not written, what was there stays, and the message says so."
-    cwd, _ = whole
-    assert train(cwd, *BUSY, "--name", "full", "--stages", "abn", "--abn.steps", "6").returncode == 0
+    args = (*BUSY, "--name", "full")
+    assert train(cwd, *args, "--stages", "abn", "--abn.steps", "6").returncode == 0
     size = (cwd / "runs" / "full" / "model_abn" / "model.safetensors").stat().st_size
-    done = limited(cwd, *BUSY, "--name", "full", size=2 * size)  # a checkpoint of the joint stage holds four times the network
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "sac_0000001: could not be written" in done.stderr and "make room" in done.stderr
+    done = limited(cwd, *args, size=2 * size)  # a joint checkpoint holds four times the network
+    line = one_line(done)
+    assert "sac_0000001: could not be written" in line and "make room" in line
     assert not list((cwd / "runs" / "full").rglob("*.tmp"))
-    done = limited(cwd, *BUSY, "--name", "full", "--when-full", "continue", size=2 * size)
+    done = limited(cwd, *args, "--when-full", "continue", size=2 * size)
     assert done.returncode == 0 and "warning: " in done.stdout
     assert_as_undisturbed(cwd, "full")
 
 
-def test_checkpoint_of_another_configuration(whole):
-    cwd, _ = whole
+def test_checkpoint_of_another_configuration(cwd):
     process = start(cwd, *BUSY, "--name", "mine")
     folder = cwd / "runs" / "mine" / "checkpoints"
     wait_for(lambda: list(folder.glob("abn_*[0-9]")), process)
-    process.kill()
-    process.communicate()
-    other = cwd / "runs" / "other"
-    assert train(cwd, *BUSY, "--name", "other", "--seed", "1", "--stages").returncode == 0  # no stage: an empty run
-    shutil.copytree(folder, other / "checkpoints")
-    done = train(cwd, *BUSY, "--name", "other", "--seed", "1")
-    assert done.returncode == 2 and "another configuration" in done.stderr and "seed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    kill(process)
+    args = (*BUSY, "--name", "other", "--seed", "1")
+    assert train(cwd, *args, "--stages").returncode == 0  # no stage: an empty run
+    shutil.copytree(folder, cwd / "runs" / "other" / "checkpoints")
+    line = one_line(train(cwd, *args))
+    assert "another configuration" in line and "seed" in line
 
 
 def children(pid):
@@ -142,21 +163,21 @@ def children(pid):
     return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-def test_dying_worker(whole):
-    cwd, _ = whole
-    args = (*BUSY, "--name", "worker", "--data.workers", "2")
-    process = start(cwd, *args)
+def test_dying_worker(cwd):
+    args = (*BUSY, "--data.workers", "2")
+    process = start(cwd, *args, "--name", "worker")
     path = cwd / "runs" / "worker" / "log.jsonl"
-    wait_for(lambda: path.exists() and len(log(cwd, "worker", stage="abn")) >= 1 and children(process.pid), process)
-    process.send_signal(signal.SIGSTOP)  # so that it has not read everything when its workers die
+    wait_for(lambda: path.exists() and log(cwd, "worker", stage="abn") and children(process.pid),
+             process)
+    process.send_signal(signal.SIGSTOP)  # it has not read everything when its workers die
     os.kill(children(process.pid)[0], signal.SIGKILL)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     if process.returncode:  # it may have had all batches already
-        error, = [line for line in errors.splitlines() if line.startswith("error: ")]  # Python may report that news of the death came while a loader was being closed
+        # Python may report beside it that news of the death came while a loader was being closed
+        error, = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert process.returncode == 2 and "data worker" in error and "died" in error, errors
-    assert train(cwd, *args).returncode == 0
-    assert_as_undisturbed(cwd, "worker")
+    assert_continues(cwd, *args, name="worker")
 
 
 IN_PROCESS = """
@@ -180,71 +201,81 @@ def train_with(cwd, module, name, call, what, *args):
     return train(cwd, *args, launch=("-c", code))
 
 
-def test_nan(whole):
-    "A loss that is no number in the third step of the joint stage: the step is not taken, and its images are named."
-    cwd, _ = whole
-    done = train_with(cwd, "ema_training", "focal_loss", 3, "return whole(*args, **kwargs) * float('nan')", *BUSY, "--name", "nan")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "sac stopped in step 3" in done.stderr and "target loss nan" in done.stderr and done.stderr.count(".png") == 4
-    assert sorted(p.name for p in (cwd / "runs" / "nan" / "checkpoints").iterdir()) == ["sac_0000001", "sac_0000002"]
-    assert train(cwd, *BUSY, "--name", "nan").returncode == 0
-    assert_as_undisturbed(cwd, "nan")
+def test_nan(cwd):
+    """A loss that is no number in the third step of the joint stage.
+
+    The step is not taken, and its images are named."""
+    nan = "return whole(*args, **kwargs) * float('nan')"
+    done = train_with(cwd, "ema_training", "focal_loss", 3, nan, *BUSY, "--name", "nan")
+    line = one_line(done)
+    assert "sac stopped in step 3" in line and "target loss nan" in line
+    assert line.count(".png") == 4
+    saved = sorted(p.name for p in (cwd / "runs" / "nan" / "checkpoints").iterdir())
+    assert saved == ["sac_0000001", "sac_0000002"]
+    assert_continues(cwd, *BUSY, name="nan")
 
 
-def test_stalled_worker(whole):
-    cwd, _ = whole
-    done = train_with(cwd, "datasets", "open_image", 5, "time.sleep(3600)", *BUSY, "--name", "stalled", "--data.workers", "1", "--data.timeout", "3")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "data worker 0 of 1 delivered nothing for 3 s" in done.stderr and ".png" in done.stderr
-    assert train(cwd, *BUSY, "--name", "stalled").returncode == 0
-    assert_as_undisturbed(cwd, "stalled")
+def test_stalled_worker(cwd):
+    args = (*BUSY, "--name", "stalled", "--data.workers", "1", "--data.timeout", "3")
+    done = train_with(cwd, "datasets", "open_image", 5, "time.sleep(3600)", *args)
+    line = one_line(done)
+    assert "data worker 0 of 1 delivered nothing for 3 s" in line and ".png" in line
+    assert_continues(cwd, *BUSY, name="stalled")
 
 
-def test_signal_to_the_whole_group(whole):
-    "What a cluster does: the workers get the SIGTERM too, and still deliver the batch that the training needs to finish its step."
-    cwd, _ = whole
-    args = ("--checkpoint-every", "100", "--log-every", "1", "--data.workers", "2", "--name", "group")
-    process = subprocess.Popen([sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    path = cwd / "runs" / "group" / "log.jsonl"
-    wait_for(lambda: path.exists() and log(cwd, "group", stage="abn"), process)
+def test_signal_to_the_whole_group(cwd):
+    """What a cluster does: the workers get the SIGTERM too.
+
+    They still deliver the batch that the training needs to finish its step."""
+    args = (*RARE, "--data.workers", "2")
+    process = start(cwd, *args, "--name", "group", start_new_session=True)
+    wait_for_log(cwd, process, "group")
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and errors.strip().splitlines()[-1].startswith("stopped as asked (abn, step "), errors
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 143 and last.startswith("stopped as asked (abn, step "), errors
     assert list((cwd / "runs" / "group" / "checkpoints").glob("abn_*"))
-    assert train(cwd, *args).returncode == 0
-    assert_as_undisturbed(cwd, "group")
+    assert_continues(cwd, *args, name="group")
 
 
-def test_end_of_the_launcher(whole):
-    "`accelerate launch` dies of a SIGTERM without a word to the training, which notices, saves and ends; until then the run is locked."
-    cwd, _ = whole
-    launch = (os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", *MODULE)
-    steps = 20_000  # minutes: the second start and the end of the launcher fall into them on any machine
-    args = ("--checkpoint-every", f"{steps}", "--log-every", "1", "--name", "launched", "--abn.steps", f"{steps}")
-    process = subprocess.Popen([*launch, "toy", *SMALL, *args], cwd=cwd, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = cwd / "runs" / "launched"
-    wait_for(lambda: (folder / "log.jsonl").exists() and log(cwd, "launched", stage="abn"), process)
-    second = train(cwd, *args)
-    assert second.returncode == 2 and "another process is at work in this run" in second.stderr and len(second.stderr.strip().splitlines()) == 1
+LAUNCH = (
+    os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", "--num_processes", "1",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", *MODULE)
+
+
+def test_end_of_the_launcher(cwd):
+    """`accelerate launch` dies of a SIGTERM without a word to the training.
+
+    The training notices, saves and ends; until then the run is locked."""
+    steps = 20_000  # minutes: the second start and the launcher's end fall into them anywhere
+    args = ("--log-every", "1", "--checkpoint-every", f"{steps}", "--abn.steps", f"{steps}",
+            "--name", "launched")
+    process = subprocess.Popen(
+        [*LAUNCH, "toy", *SMALL, *args], cwd=cwd, env=ENV,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_log(cwd, process, "launched")
+    line = one_line(train(cwd, *args))
+    assert "another process is at work in this run" in line
     process.terminate()
     process.wait(timeout=60)
+    folder = cwd / "runs" / "launched" / "checkpoints"
     end = time.time() + 60
-    while not list((folder / "checkpoints").glob("abn_*[0-9]")) and time.time() < end: time.sleep(.05)
-    assert len(list((folder / "checkpoints").glob("abn_*[0-9]"))) == 1
+    while not list(folder.glob("abn_*[0-9]")) and time.time() < end: time.sleep(.05)
+    assert len(list(folder.glob("abn_*[0-9]"))) == 1
     assert log(cwd, "launched", stage="abn")[-1]["step"] < steps
 
 
-def test_first_start_that_was_cut_off(whole):
-    "Killed while the first file was written, or in the middle of --fresh: the folder can still be opened."
-    cwd, _ = whole
+def test_first_start_that_was_cut_off(cwd):
+    "Killed while the first file was written, or in the middle of --fresh: it can be opened."
     folder = cwd / "runs" / "cut"
     folder.mkdir()
     (folder / "config.json.tmp").write_text('{"config": {')
     assert train(cwd, *BUSY, "--name", "cut", "--stages").returncode == 0
     (folder / "log.jsonl").unlink(missing_ok=True)
-    assert train(cwd, *BUSY, "--name", "cut", "--fresh").returncode == 0
-    assert_as_undisturbed(cwd, "cut")
+    assert_continues(cwd, *BUSY, "--fresh", name="cut")
 
+
+# ---------------------------------------------------------------- without a training
 
 @pytest.fixture
 def saved(tmp_path):
@@ -258,14 +289,19 @@ def saved(tmp_path):
     return run, {"model": model, "progress": progress}
 
 
+def assert_both_are_there(run):
+    assert [p.name for p in checkpoints(run, "abn")] == ["abn_0000001", "abn_0000002"]
+
+
 def test_disk_that_does_not_answer(saved, monkeypatch):
     "An error of the disk is no damage: nothing is removed, and the run does not start over."
     run, state = saved
     def stale(*args, **kwargs): raise OSError(errno.ESTALE, "Stale file handle")
+    sentence = "abn_0000002: cannot be read .Stale file handle.; nothing was changed"
     with monkeypatch.context() as m:
         m.setattr(torch, "load", stale)
-        with pytest.raises(UserError, match="abn_0000002: cannot be read .Stale file handle.; nothing was changed"): load_checkpoint(run, "abn", state)
-    assert [p.name for p in checkpoints(run, "abn")] == ["abn_0000001", "abn_0000002"]
+        with pytest.raises(UserError, match=sentence): load_checkpoint(run, "abn", state)
+    assert_both_are_there(run)
 
 
 def test_any_flipped_bit_is_noticed(saved, capsys):
@@ -279,7 +315,8 @@ def test_any_flipped_bit_is_noticed(saved, capsys):
         (path / "state.pt").write_bytes(data)
         state["progress"].step = 0
         load_checkpoint(run, "abn", state)
-        assert state["progress"].step in (1, 2) and torch.equal(state["model"].weight, weight)      # the one before, or a bit of no meaning
+        assert state["progress"].step in (1, 2)     # the one before, or a bit of no meaning
+        assert torch.equal(state["model"].weight, weight)
         aside = path.with_name(f"{path.name}.damaged")
         if aside.exists(): os.replace(aside, path)
     assert "set aside as abn_0000002.damaged" in capsys.readouterr().out
@@ -289,12 +326,14 @@ def test_what_is_not_finite_is_not_saved(saved):
     run, state = saved
     torch.nn.init.constant_(state["model"].bias, torch.inf)
     state["progress"].step = 3
-    with pytest.raises(UserError, match="abn_0000003: not saved, since bias is not finite"): save_checkpoint(run, "abn", state)
-    assert [p.name for p in checkpoints(run, "abn")] == ["abn_0000001", "abn_0000002"]
+    sentence = "abn_0000003: not saved, since bias is not finite"
+    with pytest.raises(UserError, match=sentence): save_checkpoint(run, "abn", state)
+    assert_both_are_there(run)
 
 
 @pytest.mark.parametrize("option", ["--log-every", "--checkpoint-every", "--keep", "--sac.period"])
 def test_numbers_that_must_not_be_zero(tmp_path, option, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end: main(["toy", option, "0"])
-    assert end.value.code == 2 and f"{option} 0: give a number of at least 1" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"{option} 0: give a number of at least 1" in capsys.readouterr().err

@@ -1,16 +1,37 @@
-"""The main job through its real command line, in a small size: end to end, again, killed and resumed, and with bad input."""
+"""The main job through its real command line, in a small size: end to end, again, on what is one's
+own, killed and resumed, and with bad input."""
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from jobs import ENV, log, train, weights
+from house import NBS, cells
+from jobs import ENV, SMALL, log, train, weights
+from PIL import Image
+
+from sac_lit.config import ABNConfig, Config, SACConfig
+from sac_lit.core import UserError
+from sac_lit.toy_city import render
+from sac_lit.train import check_shares, lr_factor, warnings_in
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(cwd, *args):
+    "A training with options of its own."
+    return subprocess.run([sys.executable, "-m", "sac_lit.train", *args], cwd=cwd, env=ENV,
+                          capture_output=True, text=True, timeout=120)
+
+
+def is_one_sentence(done):
+    lines = done.stderr.strip().splitlines()
+    return done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +43,28 @@ def finished(tmp_path_factory):
     return cwd, done.stdout
 
 
+# ---------------------------------------------------------------- the job
+
+FILES = ("config.json", "log.jsonl", "report.html", "class_frequency.safetensors", "seconds.json",
+         "model/config.json", "model_abn/model.safetensors", "momentum/model.safetensors",
+         "figures/curves.png", "figures/views_0000006.png", "best_by_target_labels/config.json")
+
+
 def test_main_job(finished):
     cwd, out = finished
     run = cwd / "runs" / "toy"
-    assert re.search(r"^IoU in % +ABN +SAC +gain$", out, re.M) and re.search(r"^mean +\d+\.\d +\d+\.\d +-?\d+\.\d$", out, re.M)
-    for name in ("config.json", "log.jsonl", "report.html", "class_frequency.safetensors", "model/config.json", "model_abn/model.safetensors",
-                 "momentum/model.safetensors", "figures/curves.png", "figures/views_0000006.png", "best_by_target_labels/config.json", "seconds.json"):
-        assert (run / name).stat().st_size > 0, name
+    assert re.search(r"^IoU in % +ABN +SAC +gain$", out, re.M)
+    assert re.search(r"^mean +\d+\.\d +\d+\.\d +-?\d+\.\d$", out, re.M)
+    for name in FILES: assert (run / name).stat().st_size > 0, name
     assert not list(run.rglob("*.tmp")) and not list((run / "checkpoints").glob("*"))
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 4 and not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64") == 4
+    assert not re.search(r'(src|href)="(?!data:)', page)
     assert [r["step"] for r in log(cwd, event="step", stage="sac")] == [2, 4, 6]
     assert {r["network"] for r in log(cwd, event="evaluation")} == {"student", "momentum"}
-    for row in log(cwd, event="classes"): assert len(row["prior"]) == len(row["threshold"]) == 19 and abs(sum(row["prior"]) - 1) < .1
+    for row in log(cwd, event="classes"):
+        assert len(row["prior"]) == len(row["threshold"]) == 19
+        assert abs(sum(row["prior"]) - 1) < .1
 
 
 def test_saved_network_predicts(finished):
@@ -54,16 +84,19 @@ def test_same_command_again_does_nothing_again(finished):
 
 def test_accelerate_launch_and_workers_give_the_same_network(finished):
     cwd, _ = finished
-    done = train(cwd, "--name", "launched", "--data.workers", "2", launch=("-m", "accelerate.commands.launch", "-m", "sac_lit.train"))
+    launch = ("-m", "accelerate.commands.launch", "-m", "sac_lit.train")
+    done = train(cwd, "--name", "launched", "--data.workers", "2", launch=launch)
     assert done.returncode == 0, done.stderr
     assert same(weights(cwd), weights(cwd, "launched"))
 
 
 def test_joint_stage_from_a_network_that_is_there(finished):
-    "From a folder, or from a snapshot in the authors' layout: what the run makes that pretrained the network itself."
-    from sac_lit.deeplabv2 import SegmentationModel, save_snapshot
+    "From a folder, or from a snapshot in the authors' layout: as if it had pretrained itself."
+    from sac_lit.deeplabv2 import SegmentationModel
+    from sac_lit.weights import save_snapshot
     cwd, _ = finished
-    save_snapshot(cwd / "abn.pth", SegmentationModel.from_pretrained(cwd / "runs" / "toy" / "model_abn"))
+    pretrained = SegmentationModel.from_pretrained(cwd / "runs" / "toy" / "model_abn")
+    save_snapshot(cwd / "abn.pth", pretrained)
     for k, start in enumerate(("runs/toy/model_abn", "abn.pth")):
         done = train(cwd, "--name", f"from{k}", "--stages", "sac", "--sac.start", start)
         assert done.returncode == 0, done.stderr
@@ -78,14 +111,16 @@ def test_a_cache_gives_the_same_network(finished):
         assert done.returncode == 0, done.stderr
         a, b = (weights(cwd, n) for n in ("toy", name))
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert len([p for p in (cwd / "cache").iterdir() if p.is_dir()]) == 2                   # source and target
+    kept = [p for p in (cwd / "cache").iterdir() if p.is_dir()]
+    assert len(kept) == 2                                                 # source and target
 
 
 def test_fresh_starts_over(finished):
     cwd, _ = finished
     for args in (("--name", "again"), ("--name", "again", "--seed", "1", "--fresh")):
         assert train(cwd, *args, "--stages", "abn").returncode == 0
-    assert json.loads((cwd / "runs" / "again" / "config.json").read_text())["config"]["seed"] == 1
+    config = json.loads((cwd / "runs" / "again" / "config.json").read_text())
+    assert config["config"]["seed"] == 1
 
 
 def test_yardsticks(finished):
@@ -96,69 +131,224 @@ def test_yardsticks(finished):
     assert same(weights(cwd), weights(cwd, "all"))
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--name", "toy", "--sac.lr", "0.5"], ["runs/toy", "sac.lr", "--fresh"]),
-    (["--name", "e1", "--stages", "sac"], ["model_abn", "--stages"]),
-    (["--name", "e2", "--data.no-toy", "--data.source-root", "nowhere"], ["nowhere"]),
-    (["--name", "e3", "--data.no-toy", "--data.target-root", "data/toy_city/source"], ["data/toy_city/source"]),
-    (["--name", "e4", "--data.toy-seed", "5"], ["data/toy_city/source"]),
-    (["--name", "e6", "--tracker", "pencil"], ["--tracker pencil"]),
-    (["--name", "e7", "--mixed-precision", "fp16"], ["--mixed-precision fp16", "GPU"]),
-    (["--name", "e8", "--sac.start", "runs/toy/model_abn"], ["--sac.start", "--stages sac"]),
-    (["--name", "e9", "--stages", "sac", "--sac.start", "runs/toy"], ["runs/toy", "config.json"]),
-    (["--name", "e10", "--stages", "sac", "--sac.start", "runs/toy/model_abn", "--arch", "deeplabv2_vgg16"], ["--sac.start runs/toy/model_abn", "deeplabv2_tiny", "deeplabv2_vgg16"]),
-    (["--name", "e5", "--stages", "abn", "--abn.lr", "1e30"], ["runs/e5", "step 2", "nan", "--abn.lr", "images/"]),
-])
-def test_bad_input_is_one_sentence(finished, args, words):
-    done = train(finished[0], *args)
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert all(w in lines[0] for w in words), lines[0]
-
-
-@pytest.mark.parametrize("args", [["no_such_preset"], ["toy", "--no-such-option", "1"], ["toy", "--sac.lr", "fast"]])
-def test_bad_command_line(tmp_path, args):
-    done = subprocess.run([sys.executable, "-m", "sac_lit.train", *args], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert any(a.lstrip("-") in done.stderr + done.stdout for a in args)
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_image_keeps_the_run(finished):
-    cwd, _ = finished
-    image = sorted((cwd / "data" / "toy_city" / "target" / "leftImg8bit" / "val").rglob("*.png"))[0]
-    whole = image.read_bytes()
-    image.write_bytes(whole[: len(whole) // 2])
-    try: done = train(cwd, "--name", "damaged", "--stages", "abn")
-    finally: image.write_bytes(whole)
-    assert done.returncode == 2 and image.name in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert train(cwd, "--name", "damaged", "--stages", "abn").returncode == 0
-    assert same(weights(cwd, folder="model_abn"), weights(cwd, "damaged", "model_abn"))
-
-
-def test_help_lists_presets(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "--help"], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "toy_long" in done.stdout.replace("-", "_")
-
-
 def test_report_is_drawn_again_from_the_log_alone(finished):
     cwd, _ = finished
     page = cwd / "runs" / "toy" / "report.html"
     before = page.read_text()
     page.unlink()
-    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "report", "runs/toy"], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
+    done = command(cwd, "report", "runs/toy")
     assert done.returncode == 0 and page.read_text() == before, done.stderr
-    done = subprocess.run([sys.executable, "-m", "sac_lit.train", "report", "runs/none"], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "runs/none" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = command(cwd, "report", "runs/none")
+    assert is_one_sentence(done) and "runs/none" in done.stderr
 
 
 def test_tracker(finished):
-    pytest.importorskip("tensorboard", reason="not among the project's packages; Accelerate finds whatever tracker is installed")
+    why = "not among the project's packages; Accelerate finds whatever tracker is installed"
+    pytest.importorskip("tensorboard", reason=why)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     cwd, _ = finished
     done = train(cwd, "--name", "tracked", "--tracker", "tensorboard")
     assert done.returncode == 0, done.stderr
-    events = EventAccumulator(str(cwd / "runs" / "tracked" / "sac_lit"), size_guidance={"images": 0}).Reload()
-    assert [s.step for s in events.Scalars("abn/loss_source")] == [2, 4, 6] and [s.step for s in events.Scalars("sac/loss_target")] == [8, 10, 12]
+    place = str(cwd / "runs" / "tracked" / "sac_lit")
+    events = EventAccumulator(place, size_guidance={"images": 0}).Reload()
+    assert [s.step for s in events.Scalars("abn/loss_source")] == [2, 4, 6]
+    assert [s.step for s in events.Scalars("sac/loss_target")] == [8, 10, 12]
     assert events.Images("sac/views")
+
+
+# ---------------------------------------------------------------- what is one's own
+
+def answer(name):
+    "The code of an exercise's answer on the page of this notebook."
+    text = "\n".join(c.source for c in cells(NBS / "09_train.ipynb", "markdown"))
+    return re.search(rf"```python\n(# answer: {name}\n.*?)```", text, re.S)[1]
+
+
+def test_a_stage_of_ones_own(finished):
+    "The answer of the exercise: one entry, in at most 20 lines, with a column and a curve."
+    cwd, _ = finished
+    code = answer("stage")
+    assert len([line for line in code.splitlines()[1:] if line]) <= 20
+    assert max(map(len, code.splitlines())) <= 100
+    (cwd / "adabn.py").write_text(code)
+    done = train(cwd, "--name", "own", "--stages", "source", "adabn:ADABN")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^IoU in % +source only +AdaBN$", done.stdout, re.M)
+    assert [r["step"] for r in log(cwd, "own", stage="adabn:ADABN", event="step")] == [2, 4, 6]
+    before, after = weights(cwd, "own", "model_source"), weights(cwd, "own", "model_adabn")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all("running_" in k or "num_batches" in k for k in moved)
+
+
+SIZES = ((32, 64), (64, 32), (40, 40), (27, 51))  # wide, upright, square, odd
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    "Own folders whose images have any size; one is upright by a note of its camera only."
+    root = tmp_path_factory.mktemp("mixed")
+    (root / "classes.txt").write_text("ground\nbuilt\ngreen\nsky\nthing\n")
+    kinds = np.full(256, 255, np.uint8)
+    groups = (0, 1), (2, 3, 4), (8, 9), (10,), range(11, 19)
+    for k, ids in enumerate(groups): kinds[list(ids)] = k
+    for domain, split, count in (("source", "day", 8), ("target", "dusk", 7), ("target", "val", 4)):
+        for i in range(count):
+            image, label = render(domain, split, i, SIZES[i % 4])
+            (root / split / "images").mkdir(parents=True, exist_ok=True)
+            (root / split / "labels").mkdir(exist_ok=True)
+            picture, exif = Image.fromarray(image.permute(1, 2, 0).numpy()), Image.Exif()
+            if i == 3:
+                picture, exif[0x0112] = picture.transpose(Image.Transpose.ROTATE_90), 6
+            picture.save(root / split / "images" / f"{i}.jpg", quality=95, exif=exif)
+            Image.fromarray(kinds[label.numpy()]).save(root / split / "labels" / f"{i}.png")
+    return root
+
+
+FOLDERS = ("folder_cpu --data.source-root day/images --data.source-labels day/labels "
+           "--data.classes classes.txt --data.target-root dusk/images "
+           "--data.val-root val/images --data.val-labels val/labels").split()
+STEPS = SMALL[SMALL.index("--abn.steps"):]
+ANY_SIZE = "--data.source-size None --data.target-size None --data.eval-size None".split()
+
+
+def test_images_of_different_sizes(mixed):
+    "All sizes as they are, in training and in evaluation; with workers, the same."
+    for name, workers in (("plain", "0"), ("workers", "2")):
+        options = "--data.workers", workers, "--name", name
+        done = command(mixed, *FOLDERS, *STEPS, *ANY_SIZE, *options)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^IoU in % +ABN +SAC +gain$", done.stdout, re.M)
+    assert same(weights(mixed, "plain"), weights(mixed, "workers"))
+    iou = log(mixed, "plain", event="evaluation", stage="sac", network="student")[-1]["iou"]
+    assert len(iou) == 5 and max(x or 0 for x in iou) > 0
+    assert all(np.isfinite(r["loss_source"]) for r in log(mixed, "plain", event="step"))
+
+
+def test_an_image_is_evaluated_at_its_own_size(mixed):
+    "Every labelled pixel is counted, no padding."
+    from sac_lit.core import evaluate
+    from sac_lit.datasets import open_dataset
+    from sac_lit.deeplabv2 import SegmentationModel
+    from sac_lit.run_data import evaluate_shared
+    val = mixed / "val"
+    data = open_dataset("folder", val / "images", val / "labels", classes=mixed / "classes.txt")
+    model = SegmentationModel.from_pretrained(mixed / "runs" / "plain" / "model")
+    cfg = SimpleNamespace(data=SimpleNamespace(workers=0))
+    acc = SimpleNamespace(num_processes=1, process_index=0, autocast=torch.no_grad)
+    run = SimpleNamespace(cfg=cfg, accelerator=acc, device=torch.device("cpu"),
+                          reduce=lambda x, how: x, stopping=lambda: False)
+    cm = evaluate_shared(run, model, data)
+    assert cm.counts.sum() == sum((s["label"] != 255).sum() for s in data)
+    assert len({s["image"].shape for s in data}) == 4
+    nothing = evaluate(lambda image: torch.zeros(image.shape[-2:]).long(), data, 5)
+    assert nothing.counts.sum() == cm.counts.sum()
+
+
+def test_a_cache_needs_one_size(mixed):
+    done = command(mixed, *FOLDERS, *STEPS, *ANY_SIZE, "--data.cache", "kept", "--name", "kept")
+    assert is_one_sentence(done) and "--data.source-size" in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("args, words", [
+    ("--name toy --sac.lr 0.5", ["runs/toy", "sac.lr", "--fresh"]),
+    ("--name e1 --stages sac", ["model_abn", "--stages"]),
+    ("--name e2 --data.no-toy --data.source-root nowhere", ["nowhere"]),
+    ("--name e3 --data.no-toy --data.target-root data/toy_city/source", ["data/toy_city/source"]),
+    ("--name e4 --data.toy-seed 5", ["data/toy_city/source"]),
+    ("--name e6 --tracker pencil", ["--tracker pencil"]),
+    ("--name e7 --mixed-precision fp16", ["--mixed-precision fp16", "GPU"]),
+    ("--name e8 --sac.start runs/toy/model_abn", ["--sac.start", "--stages sac"]),
+    ("--name e9 --stages sac --sac.start runs/toy", ["runs/toy", "config.json"]),
+    ("--name e10 --stages sac --sac.start runs/toy/model_abn --arch deeplabv2_vgg16",
+     ["--sac.start runs/toy/model_abn", "deeplabv2_tiny", "deeplabv2_vgg16"]),
+    ("--name e5 --stages abn --abn.lr 1e30", ["runs/e5", "step 2", "nan", "--abn.lr", "images/"])])
+def test_bad_input_is_one_sentence(finished, args, words):
+    done = train(finished[0], *args.split())
+    assert is_one_sentence(done), done.stderr
+    assert all(w in done.stderr for w in words), done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--arch deeplabv3", ["--arch deeplabv3", "deeplabv2_tiny"]),
+    ("--arch nothing_here:Net", ["--arch nothing_here:Net"]),
+    ("--arch json:dumps", ["--arch json:dumps"]),
+    ("--pool mode", ["pool mode", "min_entropy"]),
+    ("--pool math:sqrt", ["pool math:sqrt"]),
+    ("--sac.noise blur fog", ["--sac.noise fog", "grey"]),
+    ("--sac.loss.confidence some", ["confidence some", "pixel"]),
+    ("--stages abn sacc", ["--stages sacc", "oracle"]),
+    ("--data.source gta6", ["gta6", "synthia"]),
+    ("--data.target kitti", ["kitti", "cityscapes"])])
+def test_an_unknown_entry_is_refused_before_anything_is_made(tmp_path, args, words):
+    done = train(tmp_path, *args.split())
+    assert is_one_sentence(done), done.stderr
+    assert all(w in done.stderr for w in words), done.stderr
+    assert not list(tmp_path.rglob("*.jsonl")) and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("args", ["no_such_preset", "toy --no-such-option 1", "toy --sac.lr fast"])
+def test_bad_command_line(tmp_path, args):
+    done = command(tmp_path, *args.split())
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert any(a.lstrip("-") in done.stderr + done.stdout for a in args.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_image_keeps_the_run(finished):
+    cwd, _ = finished
+    images = cwd / "data" / "toy_city" / "target" / "leftImg8bit" / "val"
+    image = sorted(images.rglob("*.png"))[0]
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    try: done = train(cwd, "--name", "damaged", "--stages", "abn")
+    finally: image.write_bytes(whole)
+    assert is_one_sentence(done) and image.name in done.stderr
+    assert train(cwd, "--name", "damaged", "--stages", "abn").returncode == 0
+    assert same(weights(cwd, folder="model_abn"), weights(cwd, "damaged", "model_abn"))
+
+
+def test_help_lists_presets(tmp_path):
+    done = command(tmp_path, "--help")
+    assert done.returncode == 0 and "toy_long" in done.stdout.replace("-", "_")
+
+
+# ---------------------------------------------------------------- functions
+
+def test_learning_rate():
+    poly, constant = ABNConfig(steps=10, schedule="poly"), SACConfig(steps=10)
+    assert [lr_factor(constant, step) for step in (0, 9)] == [1, 1]
+    factors = [lr_factor(poly, step) for step in range(11)]
+    assert factors[0] == 1 and factors[10] == 0 and abs(factors[5] - .5 ** .9) < 1e-12
+    assert factors == sorted(factors, reverse=True)
+
+
+def steady(n, accepted=(.4, .05)):
+    return [{"loss_source": .3, "accepted": list(accepted)} for _ in range(n)]
+
+
+def test_warnings():
+    "The last tenth of the log, at least four lines, beside the first."
+    names = ("road", "car")
+    assert warnings_in([], names) == warnings_in(steady(7), names) == []
+    assert warnings_in(steady(100), names) == []
+    gone = steady(90) + steady(10, (.4, .004))
+    assert warnings_in(gone, names) == ["pseudo labels of the class car are dying out"]
+    assert warnings_in(steady(90, (.4, 1e-5)) + steady(10, (.4, 0)), names) == []   # never there
+    climbed = steady(90) + [{**row, "loss_source": .46} for row in steady(10)]
+    text, = warnings_in(climbed, names)
+    assert "source loss" in text
+    assert warnings_in(steady(99) + climbed[-1:], names) == []                      # one line only
+
+
+def test_shares_are_checked_for_the_stages_of_the_run():
+    def run(processes, *stages):
+        cfg = Config(stages=stages, abn=ABNConfig(source_batch=6), sac=SACConfig(source_batch=8))
+        return SimpleNamespace(cfg=cfg, accelerator=SimpleNamespace(num_processes=processes))
+    check_shares(run(3, "abn"))
+    check_shares(run(8, "sac"))                                           # 2 groups of 4 views
+    with pytest.raises(UserError, match="--abn.source-batch 6.* by 4 .*start 1, 2, 3, 6 processes"):
+        check_shares(run(4, "source"))
+    with pytest.raises(UserError, match="--sac.source-batch 8, --sac.groups 2 .*start 1, 2 proc"):
+        check_shares(run(3, "abn", "sac"))

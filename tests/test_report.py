@@ -1,0 +1,225 @@
+"""The report of a run, from a log and pictures that were made by hand."""
+import base64
+import dataclasses
+import io
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from PIL import Image
+
+from sac_lit.config import PRESETS, STAGES, SUBSETS, TOY
+from sac_lit.core import NAMES, generator, use_style
+from sac_lit.crop_fusion import crop_theta
+from sac_lit.deeplabv2 import build_model
+from sac_lit.ema_training import MomentumNetwork, Views, pseudo_supervision
+from sac_lit.moving_threshold import ClassPrior
+from sac_lit.report import (
+    figure_of_classes, figure_of_curves, figure_of_examples, figure_of_views, main, means_of,
+    redraw_report, result_table, results, save_figure, table_text, write_report)
+from sac_lit.runs import Run
+
+IOU = {"source": 20., "abn": 40., "sac": 50.}
+
+
+def scores(stage, base, names, step=4, network="student", **changes):
+    "A line of the log: every class has a little more than the one before; the last was not there."
+    iou = [*(base + c for c in range(len(names) - 1)), None]
+    miou = round(sum(iou[:-1]) / (len(names) - 1), 2)
+    return {"event": "evaluation", "stage": stage, "network": network, "step": step,
+            "miou": miou, "iou": iou, **changes}
+
+
+def open_by_hand(folder, cfg, rows):
+    "A run that nobody trained."
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(cfg)}))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Run(cfg, SimpleNamespace(trackers=[], device=torch.device("cpu")), folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    steps = [{"event": "step", "stage": "abn", "step": k, "loss_source": 2 / k} for k in (1, 2)]
+    steps += [{"event": "step", "stage": "sac", "step": k, "loss_source": 1 / k,
+               "loss_target": .1, "accepted": [.2] * 3} for k in (1, 2, 3)]
+    rows = [scores(stage, base, NAMES) for stage, base in IOU.items()]
+    rows += [scores("sac", 10, NAMES, step=2), scores("sac", 47, NAMES, network="momentum")]
+    rows.sort(key=lambda row: row["step"])
+    return open_by_hand(tmp_path / "runs" / "toy", TOY, steps + rows)
+
+
+def pictures(page):
+    data = re.findall(r"data:image/png;base64,([\w+/=]+)", page)
+    return [Image.open(io.BytesIO(base64.b64decode(x))) for x in data]
+
+
+# ---------------------------------------------------------------- the table
+
+def test_the_last_evaluation_of_each_student_counts(run):
+    assert {title: row["iou"][0] for title, row in results(run).items()} == {
+        "source only": 20, "ABN": 40, "SAC": 50}
+
+
+def test_table(run):
+    table = result_table(run)
+    assert list(table) == ["source only", "ABN", "SAC", "gain"]
+    assert list(table.index) == [*NAMES, "mean"]
+    assert table.loc["road"].tolist() == [20, 40, 50, 10]
+    assert table.loc["bicycle"].isna().all()
+    assert table.loc["mean", "SAC"] == results(run)["SAC"]["miou"]
+    lines = table_text(table).splitlines()
+    assert re.match(r"^IoU in % +source only +ABN +SAC +gain$", lines[0])
+    assert re.match(r"^bicycle +- +- +- +-$", lines[-2])
+    assert re.match(r"^mean +28\.5 +48\.5 +58\.5 +10\.0$", lines[-1])
+
+
+def test_means_of_synthia(tmp_path):
+    cfg = PRESETS["synthia_resnet101"][1]
+    row = scores("sac", 50, NAMES, miou=33.33)
+    run = open_by_hand(tmp_path / "a", cfg, [row])
+    assert means_of(cfg) == SUBSETS and means_of(TOY) == {"mean": list(range(19))}
+    table = result_table(run)
+    assert list(table.index) == [*NAMES, "mean of 16", "mean of 13"]
+    assert table.loc["mean of 16", "SAC"] == 33.33                        # as it was logged
+    thirteen = [row["iou"][c] for c in SUBSETS["mean of 13"] if row["iou"][c] is not None]
+    assert abs(table.loc["mean of 13", "SAC"] - sum(thirteen) / len(thirteen)) < 1e-9
+
+
+def test_no_gain_without_both(tmp_path):
+    run = open_by_hand(tmp_path / "a", TOY, [scores("abn", 40, NAMES)])
+    assert list(result_table(run)) == ["ABN"]
+
+
+# ---------------------------------------------------------------- the figures
+
+def test_curves_show_what_is_logged(run, monkeypatch):
+    drawn = {}
+    def keep(run, name):
+        drawn[name] = [(ax.get_ylabel(), [line.get_label() for line in ax.lines])
+                       for ax in plt.gcf().axes]
+        plt.close()
+    monkeypatch.setattr("sac_lit.report.save_figure", keep)
+    figure_of_curves(run)
+    (loss, labels), (accepted, shares), (miou, networks) = drawn["curves"]
+    assert labels == ["ABN, source", "SAC, source", "SAC, target"]
+    assert "accepted" in accepted and len(shares) == 1
+    assert networks == ["student", "momentum", "ABN"]
+
+
+def test_a_figure_is_whole_and_closed(run):
+    use_style()
+    plt.subplots(figsize=(7, 2))
+    path = save_figure(run, "mine")
+    assert path == run.folder / "figures" / "mine.png" and Image.open(path).width == 770
+    assert not plt.get_fignums() and not list(path.parent.glob("*.tmp"))
+    for draw in (figure_of_curves, figure_of_classes):
+        assert Image.open(draw(run)).width <= 800
+
+
+def test_examples_without_labels_and_of_different_sizes(run):
+    for stage in ("abn", "sac"):
+        build_model("deeplabv2_tiny", 19).save_pretrained(run.folder / STAGES[stage].folder)
+    target = [{"image": torch.randint(256, (3, 24 + 8 * i, 40), dtype=torch.uint8)}
+              for i in range(3)]
+    val = [{**s, "label": torch.zeros(s["image"].shape[-2:]).long()} for s in target]
+    for data in ({"val": None, "target": target}, {"val": val, "target": target}):
+        assert figure_of_examples(run, data, count=3).exists()
+
+
+def test_views_leave_the_prior_and_go_to_trackers(run):
+    size, shown = (16, 32), []
+    torch.manual_seed(0)
+    model = build_model("deeplabv2_tiny", 19).eval()
+    clean = torch.randn(1, 2, 3, *size, generator=generator(0, "views"))
+    boxes = torch.tensor([[[0, 0, 16, 32], [4, 8, 8, 16]]])
+    views = Views(clean, clean + .1, crop_theta(*boxes.unbind(-1), size))
+    prior = ClassPrior(19)
+    tracker = SimpleNamespace(log_images=lambda images, step: shown.append((images, step)))
+    run.accelerator.trackers, run.steps_before = [tracker, SimpleNamespace()], 100
+    path = figure_of_views(run, MomentumNetwork(model), prior, views, 7)
+    assert path.name == "views_0000007.png" and path.exists()
+    assert torch.equal(prior.chi, ClassPrior(19).chi) and prior.updates == 0
+    (images, step), = shown
+    assert step == 107 and images["sac/views"].shape[:2] == (1, 3)
+    everything = replace(TOY.sac.loss, zeta=0., floor=0.)
+    labels, _ = pseudo_supervision(MomentumNetwork(model), prior, views, everything)
+    assert (labels != 255).all()                                          # drawn as the fused map
+
+
+# ---------------------------------------------------------------- the page
+
+def test_page_is_complete_and_self_contained(run):
+    (run.folder / "seconds.json").write_text('{"abn": 60.0, "sac": 120.0}')
+    page = write_report(run).read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert len(pictures(page)) == 2                                       # curves and classes
+    assert "ABN 48.5, SAC 58.5" in page and "Training took 3.0 minutes" in page
+    assert "<th>bicycle</th>" in page and "–" in page
+    assert '"source_batch": 4' in page.replace("&#34;", '"')
+    assert "nth-last-child(-n+1)" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]|\\26a0|{{|{%", page)      # no escape, no brace left
+
+
+def test_newest_picture_of_the_views(run):
+    use_style()
+    for step, width in ((2, 1), (10, 3)):
+        plt.subplots(figsize=(width, 1))
+        save_figure(run, f"views_{step:07d}")
+    assert 330 in [p.width for p in pictures(write_report(run).read_text())]
+
+
+def test_warnings_are_drawn_words_and_escaped(run):
+    row = {"event": "warning", "stage": "sac", "step": 3, "text": "the class <b> & co is dying"}
+    with open(run.folder / "log.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    page = write_report(run).read_text()
+    text = "Step 3 of the joint stage: the class &lt;b&gt; &amp; co is dying."
+    assert f'<p class="warning"><b>Warning.</b> {text}</p>' in page
+
+
+def test_names_of_classes_and_runs_are_escaped(tmp_path):
+    (tmp_path / "classes.txt").write_text("<script>\nmean\n")
+    cfg = replace(TOY, name="<i>", data=replace(TOY.data, classes=str(tmp_path / "classes.txt")))
+    run = open_by_hand(tmp_path / "a", cfg, [scores("abn", 1, "ab"), scores("sac", 2, "ab")])
+    page = write_report(run).read_text()
+    assert "<script>" not in page and "<i>" not in page and "<th>&lt;script&gt;</th>" in page
+    assert list(result_table(run).index) == ["<script>", "mean", "mean"]
+
+
+def test_before_the_first_line(tmp_path, recwarn):
+    run = open_by_hand(tmp_path / "a", TOY, [])
+    page = write_report(run).read_text()
+    assert "no evaluation yet" in page and "<table" not in page and len(pictures(page)) == 1
+    assert not recwarn.list
+
+
+def test_a_last_line_that_was_cut_off(run):
+    with open(run.folder / "log.jsonl", "a") as f: f.write('{"event": "evaluation", "sta')
+    assert write_report(run).exists()
+
+
+# ---------------------------------------------------------------- the command
+
+def test_from_the_folder_alone(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.folder.parents[1])
+    use_style()
+    page = write_report(run).read_text()
+    main(["runs/toy"])
+    assert capsys.readouterr().out == "report: runs/toy/report.html\n"
+    assert (run.folder / "report.html").read_text() == page
+    assert redraw_report(run.folder) == run.folder / "report.html"
+
+
+@pytest.mark.parametrize("folder", ["nothing", "empty", "damaged"])
+def test_no_run(tmp_path, capsys, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(SystemExit) as end: main([str(tmp_path / folder)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.strip().splitlines()) == 1
+    assert folder in error and "such as runs/toy" in error
