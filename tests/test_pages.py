@@ -20,9 +20,11 @@ SHORT = {
     "F": "torch.nn.functional", "nn": "torch.nn", "np": "numpy", "plt": "matplotlib.pyplot",
     "TF": "torchvision.transforms.v2.functional", "sns": "seaborn", "dist": "torch.distributed"}
 PLAIN_WORDS = {  # words of the field, of formats and of programs, that no code here names
-    "accelerate", "apt", "bash", "colab", "cuda", "diff", "fp16", "gcc", "git", "http", "https",
-    "instanceIds", "ipynb", "jupyter", "lab", "labelIds", "labelTrainIds", "lr", "md", "multi_gpu",
-    "nbdev", "nohup", "onnx", "pip", "png", "pt2", "pytest", "sh", "torchrun", "venv", "wandb"}
+    "accelerate", "berlin", "colab", "cuda", "DeepLabMobile", "diff", "dilated", "features",
+    "fp16", "git", "gtFine_trainvaltest", "http", "https", "instanceIds", "ipynb", "jupyter",
+    "lab", "labelIds", "labelTrainIds", "leftImg8bit_trainvaltest", "lr", "main_process_ip",
+    "main_process_port", "md", "multi_gpu", "nbdev", "onnx", "pip", "png", "pt2", "push_to_hub",
+    "pytest", "sh", "train_game_9K", "venv", "wandb"}
 
 
 # ---------------------------------------------------------------- lines and cells
@@ -67,8 +69,8 @@ def test_public_names_are_shown():
 @cache
 def public(module):
     body = ast.parse((LIB / f"{module}.py").read_text()).body
-    lists = [n.value for n in body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
-    return ast.literal_eval(lists[0])
+    lists = [n for n in body if isinstance(n, ast.Assign)]
+    return ast.literal_eval(next(n.value for n in lists if ast.unparse(n.targets[0]) == "__all__"))
 
 
 # ---------------------------------------------------------------- names in backticks
@@ -114,8 +116,10 @@ def unknown(text):
     text = re.sub(r"'[^']*'|\"[^\"]*\"|<[^>]*>", "", text)     # strings, tags
     text = re.sub(r"(?<=\w)-(?=[a-z])", "_", text)             # options: --source-batch
     text = re.sub(r"\b\d\w*", "", text)
+    if text.count(" ") > 4 and not re.search(r"[-=_(\[]", text): return None   # words that are said
     for word in re.findall(r"[A-Za-z_]\w+", text):
-        if word in known() or word.isupper() and len(word) < 3: continue
+        placeholder = word.isupper() or word.lower().startswith("my")
+        if word in known() or placeholder: continue
         if all(part in known() for part in word.split("_") if part): continue
         return word
     return None

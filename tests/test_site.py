@@ -32,7 +32,8 @@ class Page(HTMLParser):
         a = dict(attrs)
         if "id" in a: self.ids.append(a["id"])
         if tag == "a" and "href" in a: self.links.append(a["href"])
-        if tag in ("script", "link", "img"): self.loaded += [a[k] for k in ("src", "href") if k in a]
+        loads = tag in ("script", "link", "img")
+        self.loaded += [a[k] for k in ("src", "href") if loads and k in a]
         if tag == "img" and not a.get("alt"): self.mute.append(a["src"])
         if tag not in VOID: self.open.append((tag, "math" in (a.get("class") or "").split()))
 
@@ -79,7 +80,7 @@ def test_every_exported_symbol_has_its_block(pages, module):
     page, = {url.split("#")[0] for url in places.values()}
     body = parsed((LIB / f"{module}.py").read_text()).body
     lists = [n for n in body if isinstance(n, ast.Assign)]
-    exported = next(n.value for n in lists if n.targets[0].id == "__all__")
+    exported = next(n.value for n in lists if ast.unparse(n.targets[0]) == "__all__")
     wanted = {start + name for name in ast.literal_eval(exported)} | places.keys()
     wanted |= {url.split("#")[1] for url in places.values()}
     assert wanted - set(pages[page].ids) == set()
