@@ -1,4 +1,4 @@
-"""Views: boxes cut out of batches, colours and noise, beside torchvision's image by image; and who decides what."""
+"""Views: boxes of batches, colours and noise, beside torchvision's image by image; the draws."""
 import math
 import re
 
@@ -163,11 +163,8 @@ def test_padding_does_not_count(resize):
     images = [torch.randint(256, (3, *s), generator=generator(0, *s)).byte() for s in sizes]
     samples = [{"image": x, "label": x[0], "index": i} for i, x in enumerate(images)]
     batch = collate(samples)
-    assert batch["frame"].tolist() == [list(s) for s in sizes] and batch["index"].tolist() == [
-        0,
-        1,
-        2,
-    ]
+    assert batch["frame"].tolist() == [list(s) for s in sizes]
+    assert batch["index"].tolist() == [0, 1, 2]
     boxes, size = torch.tensor([[2, 3, 12, 24], [-4, 8, 30, 60], [8, 0, 16, 30]]), (16, 20)
     found = resize(batch["image"].float(), boxes, size, frames=batch["frame"])
     labels = crop_labels(batch["label"], boxes, size, frames=batch["frame"])
@@ -188,7 +185,8 @@ def test_random_box_is_inside_or_around(height, width, key):
 # ---------------------------------------------------------------- the source
 
 @FORMS
-@pytest.mark.parametrize("scale, jitter", [((.5, 1.), 0.), ((.5, 2.), .5), ((1., 2.), .4), ((.2, .3), .5)])
+@pytest.mark.parametrize("scale, jitter", [
+    ((.5, 1.), 0.), ((.5, 2.), .5), ((1., 2.), .4), ((.2, .3), .5)])
 def test_source_views_are_those_of_one_image_at_a_time(resize, scale, jitter):
     pairs = [render("source", "train", i, SIZE) for i in range(6)]
     images, labels = map(torch.stack, zip(*pairs))
@@ -248,9 +246,8 @@ def test_matching_statistics():
 def test_groups_are_those_of_one_image_at_a_time(resize):
     images = torch.stack([render("target", "train", i, SIZE)[0] for i in range(5)])
     generators, size = [generator(0, "group", i) for i in range(5)], (24, 48)
-    views, boxes, flips = target_views(
-        images, generators, size, joint_scale=(1.0, 1.5), resize=resize
-    )
+    views, boxes, flips = target_views(images, generators, size, joint_scale=(1., 1.5),
+                                       resize=resize)
     for i, image in enumerate(images):
         slow = group(image, generator(0, "group", i), size, 3, (.5, 1.), (1., 1.5))
         assert (views[i] - slow[0]).abs().max() < 1e-5
