@@ -28,7 +28,7 @@ class MomentumNetwork(nn.Module):
     "The moving average of a network (eq. 9): always in evaluation mode, without gradients."
     def __init__(self,
                  model: nn.Module,       # the segmentation network; copied, not kept
-                 momentum: float = .99,  # gamma_psi in [0, 1]; 1 freezes the teacher, 0 copies the student
+                 momentum: float = .99,  # gamma_psi in [0, 1]; 1 freezes it, 0 copies the student
                 ):
         super().__init__()
         self.momentum = momentum
@@ -85,7 +85,7 @@ def pseudo_supervision(teacher: MomentumNetwork,
                        hp: SelfSupervision = SelfSupervision(),
                        reduce=_alone,      # takes a tensor to its mean over processes
                        gather=_alone,      # takes (B, t, ...) to (B, T, ...)
-                      ) -> tuple[torch.Tensor, torch.Tensor]:  # labels, confidence: (B·t, H, W) each
+                      ) -> tuple[torch.Tensor, torch.Tensor]:  # labels, confidence (B·t, H, W)
     "Pseudo labels of a target batch (section 3.3, eqs. 1 to 5)."
     (B, t), size = views.clean.shape[:2], views.clean.shape[-2:]
     logits = teacher(views.clean.flatten(0, 1)).unflatten(0, (B, t))      # (B, t, C, h, w)
@@ -135,7 +135,7 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
             ) -> dict[str, torch.Tensor]:  # both losses, and the share of each pseudo label (C,)
     """One joint target-source step (section 3.4), in which the momentum network does not move.
 
-    A loss that is not finite, on any process, raises `FloatingPointError` before the optimizer moves."""
+    Raises `FloatingPointError`, before the optimizer moves, where any loss is not finite."""
     freeze_bn(model.train())
     optimizer.zero_grad()
 

@@ -42,7 +42,7 @@ def means_of(cfg: Config) -> dict[str, list[int]]:  # {title: train ids}
     if cfg.data.source == "synthia": return SUBSETS
     return {"mean": list(range(len(class_names(cfg))))}
 
-# %% ../nbs/08d_report.ipynb #49b27201
+# %% ../nbs/08d_report.ipynb #19922091
 def result_table(run: Run) -> pd.DataFrame:
     "IoU in per cent: a row for each class and each mean, a column for each stage, and the gain."
     found = results(run)
@@ -63,11 +63,11 @@ def table_text(table: pd.DataFrame) -> str:
 def save_figure(run: Run, name: str) -> Path:
     "Save the current figure in the run's folder, and close it."
     path = run.folder / "figures" / f"{name}.png"
-    with written_aside(path) as tmp: plt.savefig(tmp, format="png", dpi=110)
+    with written_aside(path) as tmp: plt.savefig(tmp, format="png", dpi=100)
     plt.close()
     return path
 
-# %% ../nbs/08d_report.ipynb #e2d70f2e
+# %% ../nbs/08d_report.ipynb #0a6c1bff
 def _color(stage: str) -> str:
     "The colour of a stage in all curves."
     return f"C{list(STAGES).index(stage)}"
@@ -102,7 +102,7 @@ def _draw_scores(ax, run: Run) -> None:
     if before: ax.axhline(before["miou"], color=".5", ls="--", label="ABN")
     ax.set(ylabel="mIoU (%)")
 
-# %% ../nbs/08d_report.ipynb #5ed38266
+# %% ../nbs/08d_report.ipynb #0e5bceb7
 def figure_of_curves(run: Run) -> Path:
     "Losses, accepted pixels and mIoU over the steps."
     places = [["losses", "losses"], ["accepted", "scores"]]
@@ -115,7 +115,7 @@ def figure_of_curves(run: Run) -> Path:
         if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False)
     return save_figure(run, "curves")
 
-# %% ../nbs/08d_report.ipynb #e668dc9b
+# %% ../nbs/08d_report.ipynb #c6ac8d90
 def figure_of_classes(run: Run) -> Path:
     "IoU by class, one colour a stage."
     bars = {title: [x or 0 for x in row["iou"]] for title, row in results(run).items()}
@@ -123,7 +123,7 @@ def figure_of_classes(run: Run) -> Path:
     class_bars(bars, ylabel="IoU (%)", names=class_names(run.cfg), ax=ax)
     return save_figure(run, "classes")
 
-# %% ../nbs/08d_report.ipynb #5f91ee60
+# %% ../nbs/08d_report.ipynb #d507a06f
 @torch.no_grad()
 def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
     "Images of the target, their labels where there are any, and what each stage's network says."
@@ -133,7 +133,7 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
     panels = []
     for i in np.linspace(0, len(dataset) - 1, count).astype(int):
         sample = dataset[i]
-        x = normalize(sample["image"][None].to(run.device) / 255)         # (1, 3, H, W)
+        x = normalize(sample["image"][None].to(run.device) / 255)  # (1, 3, H, W)
         panels.append(sample["image"])
         if "label" in sample: panels.append(sample["label"])
         panels += [predicted_classes(net(x), x.shape[-2:])[0].cpu() for net in networks]
@@ -142,12 +142,12 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
     class_legend(range(len(names)), names)
     return save_figure(run, "examples")
 
-# %% ../nbs/08d_report.ipynb #0624cff6
+# %% ../nbs/08d_report.ipynb #015359eb
 def figure_of_views(run: Run, teacher: MomentumNetwork, prior: ClassPrior, views: Views,
                     step: int) -> Path:
     "A group of views, its fused prediction, the confidence of that and the pseudo labels."
     hp, names = run.cfg.sac.loss, class_names(run.cfg)
-    everything = replace(hp, zeta=0., floor=0.)                           # the threshold is 0
+    everything = replace(hp, zeta=0., floor=0.)  # the threshold is 0
     labels, confidence = pseudo_supervision(teacher, copy.deepcopy(prior), views, hp)
     fused, _ = pseudo_supervision(teacher, copy.deepcopy(prior), views, everything)
     panels = []
@@ -169,8 +169,8 @@ def _show_trackers(run: Run, title: str, step: int) -> None:
     "Give the current figure to the trackers that take pictures."
     canvas = plt.gcf().canvas
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3].copy()       # (1, H, W, 3)
-    picture = torch.from_numpy(pixels).permute(0, 3, 1, 2)                # (1, 3, H, W)
+    pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3].copy()  # (1, H, W, 3)
+    picture = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (1, 3, H, W)
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({title: picture}, step=run.steps_before + step)
@@ -209,7 +209,7 @@ pre { font-size: .8rem; overflow-x: auto }
 </body></html>
 """
 
-# %% ../nbs/08d_report.ipynb #34616be1
+# %% ../nbs/08d_report.ipynb #c44634fa
 #| code-fold: true
 _CAPTIONS = {  # pattern of a file in figures/ -> what is said below the picture, in this order
     "classes": "Intersection over union by class, on the target's validation split.",
@@ -235,7 +235,7 @@ def _lead(run: Run) -> str:
     return (f"mIoU in % on the target's validation split: {scores or 'no evaluation yet'}. "
             f"Training took {seconds / 60:.1f} minutes.")
 
-# %% ../nbs/08d_report.ipynb #3adf9b9f
+# %% ../nbs/08d_report.ipynb #f8034795
 def write_report(run: Run) -> Path:
     "Draw curves and classes, and write report.html, which needs no other file."
     figure_of_curves(run)
@@ -256,7 +256,7 @@ def redraw_report(folder: tyro.conf.Positional[Path],  # of a run, such as runs/
     use_style()
     return write_report(Run(load_config(folder), None, folder))
 
-# %% ../nbs/08d_report.ipynb #c6272e47
+# %% ../nbs/08d_report.ipynb #b5f1a265
 #| code-fold: true
 def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.report FOLDER`; exit status 2 where that is no run."
@@ -264,5 +264,5 @@ def main(argv: list[str] | None = None) -> None:
         path = tyro.cli(redraw_report, args=argv, prog="python -m sac_lit.report")
         print(f"report: {path}")
 
-# %% ../nbs/08d_report.ipynb #9ae96cfe
+# %% ../nbs/08d_report.ipynb #699d9a90
 if __name__ == "__main__" and "__file__" in globals(): main()

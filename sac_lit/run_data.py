@@ -6,7 +6,7 @@
 __all__ = ['open_data', 'target_data', 'Recipe', 'source_batch', 'target_batch', 'example_views', 'evaluate_shared',
            'shared_samples', 'log_evaluations']
 
-# %% ../nbs/08e_run_data.ipynb #2c3c7df0
+# %% ../nbs/08e_run_data.ipynb #639ddb7b
 from typing import Iterator, NamedTuple
 
 from torch.utils.data import DataLoader, Subset
@@ -15,7 +15,8 @@ import torch.nn as nn
 
 from .core import ConfusionMatrix, Stopped, UserError, evaluate, generator, written_aside
 from .toy_city import write_dataset
-from .datasets import SegmentationDataset, open_dataset, released_gta5_frames
+from .datasets import (
+    SegmentationDataset, find_layout, open_dataset, released_gta5_frames)
 from .audit import cached
 from sac_lit.views import (
     IMAGENET_MEAN, IMAGENET_STD, collate, normalize, photometric_noise, source_views,
@@ -27,7 +28,7 @@ from .config import DataConfig
 from .runs import Run, Share, postpone_sigterm
 from .report import means_of
 
-# %% ../nbs/08e_run_data.ipynb #3ece9678
+# %% ../nbs/08e_run_data.ipynb #b220d144
 def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     "The data sets source, target and val; None where there is nothing to evaluate on."
     d = run.cfg.data
@@ -44,47 +45,47 @@ def _write_toy_city(d: DataConfig) -> None:
     parts = {"train": d.toy_train, "val": d.toy_val}
     write_dataset(d.target_root, d.target, "target", parts, d.toy_size, d.toy_seed)
 
-# %% ../nbs/08e_run_data.ipynb #f80c4f78
+# %% ../nbs/08e_run_data.ipynb #7107e8e8
 #| code-fold: true
 def _required(value, option: str):
     "A setting that must be given. Raises `UserError` where it is not."
-    if not value: raise UserError(f"--data.{option}: not given; the layout folder needs it")
+    if not value: raise UserError(f"--data.{option}: not given; this layout needs it")
     return value
 
 def _source_data(d: DataConfig) -> SegmentationDataset:
     "The labelled source."
+    layout = find_layout(d.source)
     _required(d.source_root, "source-root")
-    if d.source == "folder":
-        _required(d.classes, "classes")
-        _required(d.source_labels, "source-labels")
-    frames = released_gta5_frames() if d.source_frames == "released" else d.source_frames
-    return open_dataset(d.source, d.source_root, d.source_labels or True, "train", d.classes,
-                        d.ignore, d.source_size, frames)
+    if layout.ids is None: _required(d.classes, "classes")
+    if layout.apart: _required(d.source_labels, "source-labels")
+    frames = d.source_frames
+    if frames == "released": frames = released_gta5_frames()
+    return open_dataset(d.source, d.source_root, d.source_labels or True, "train",
+                        d.classes, d.ignore, d.source_size, frames)
 
 def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
     "The target's training images; with labels for the oracle only."
     _required(d.target_root, "target-root")
-    if labels and d.target == "folder":
+    if labels and find_layout(d.target).apart:
         raise UserError("--stages oracle: needs a target in a layout that has its labels, "
                         "such as that of Cityscapes; leave the stage out")
-    return open_dataset(d.target, d.target_root, labels, "train", d.classes,
-                        d.ignore, d.target_size, d.target_frames)
+    return open_dataset(d.target, d.target_root, labels, "train",
+                        d.classes, d.ignore, d.target_size, d.target_frames)
 
 def _val_data(d: DataConfig) -> SegmentationDataset | None:
-    "Labelled images of the target: below --data.val-root, or the split val of the target."
-    if d.val_root:
-        if d.target == "folder": _required(d.val_labels, "val-labels")
-        return open_dataset(d.target, d.val_root, d.val_labels or True, "val", d.classes,
-                            d.ignore, d.eval_size)
-    if d.target == "folder": return None
-    return open_dataset(d.target, d.target_root, split="val", size=d.eval_size)
+    "Labelled images of the target: below --data.val-root, or the target's own split val."
+    layout = find_layout(d.target)
+    if not d.val_root and "{split}" not in layout.images: return None
+    if layout.apart: _required(d.val_labels, "val-labels")
+    return open_dataset(d.target, d.val_root or d.target_root, d.val_labels or True, "val",
+                        d.classes, d.ignore, d.eval_size)
 
-# %% ../nbs/08e_run_data.ipynb #cddd6adc
+# %% ../nbs/08e_run_data.ipynb #dd5d3ee4
 class Recipe(NamedTuple):
     "How single images are cropped, coloured and normalised."
-    crop: tuple[int, int]        # height and width
+    crop: tuple[int, int]  # height and width
     scale: tuple[float, float]   # range of random scales
-    jitter: float                # strength of the colour jitter
+    jitter: float  # strength of the colour jitter
     mean: tuple = IMAGENET_MEAN  # that normalise, one a channel
     std: tuple = IMAGENET_STD
 
@@ -99,15 +100,15 @@ def source_batch(run: Run, key: str, batch: dict, step: int, slots: range, recip
                                   batch.get("frame"), run.resize)
     return normalize(images, mean, std), labels
 
-# %% ../nbs/08e_run_data.ipynb #8f1a5ccd
+# %% ../nbs/08e_run_data.ipynb #562b8332
 def target_batch(run: Run, batch: dict, step: int, share: Share) -> Views:
     "The batch of views of one step (section 3.2), or this process's part of it."
     c, key = run.cfg.sac, (run.cfg.seed, "sac target", step)
     rng = [generator(*key, slot) for slot in share.slots]
     views, boxes, flips = target_views(
         batch["image"].to(run.device), rng, c.crop, c.num_crops, c.view_scale, c.joint_scale,
-        batch.get("frame"), run.resize)                                   # (B, T, 3, h, w), ...
-    clean = views[:, share.mine]                                          # (B, t, 3, h, w)
+        batch.get("frame"), run.resize)  # (B, T, 3, h, w), ...
+    clean = views[:, share.mine]  # (B, t, 3, h, w)
     mine = range(c.num_crops + 1)[share.mine]
     rng = [generator(*key, slot, t) for slot in share.slots for t in mine]
     noisy = photometric_noise(clean.flatten(0, 1), rng, run.noise).view_as(clean)
@@ -119,12 +120,12 @@ def example_views(run: Run, dataset: SegmentationDataset) -> Views:
     i = len(dataset) // 2
     return target_batch(run, collate([dataset[i]]), run.cfg.sac.steps, Share(range(i, i + 1)))
 
-# %% ../nbs/08e_run_data.ipynb #4395f04d
+# %% ../nbs/08e_run_data.ipynb #78073c52
 @torch.no_grad()
 def evaluate_shared(run: Run, model: nn.Module, dataset: SegmentationDataset) -> ConfusionMatrix:
     "Confusion matrix over all processes. Raises `Stopped` where the run was asked to stop."
     model.eval()
-    def predict(image):                                                   # uint8 (3, H, W)
+    def predict(image):  # uint8 (3, H, W)
         x = normalize(image[None].to(run.device) / 255)
         with run.accelerator.autocast(): logits = model(x)
         return fast_predicted_classes(logits, image.shape[-2:])[0].cpu()
@@ -143,9 +144,9 @@ def shared_samples(run: Run, dataset: SegmentationDataset, when: str) -> Iterato
     for _ in range(0, len(dataset), P):
         if run.stopping(): raise Stopped(when)
         sample = next(samples, None)
-        if sample is not None: yield sample              # in the last round not all have one
+        if sample is not None: yield sample  # in the last round not all have one
 
-# %% ../nbs/08e_run_data.ipynb #ff951316
+# %% ../nbs/08e_run_data.ipynb #d9d3f9af
 def log_evaluations(run: Run, stage: str, step: int, networks: dict,
                     dataset: SegmentationDataset | None) -> str:
     "Evaluate networks (by name) and log the results; the mIoU as text."

@@ -70,7 +70,7 @@ def prepare(run: Run, network: nn.Module, optimizer: torch.optim.Optimizer,
     model, optimizer = run.accelerator.prepare(network, optimizer)
     scaler = run.accelerator.scaler
     if not scaler: return model, optimizer, {}
-    fresh = {"scale": 2. ** 16, "_growth_tracker": 0}                     # as a new run begins
+    fresh = {"scale": 2. ** 16, "_growth_tracker": 0}  # as a new run begins
     scaler.load_state_dict({**scaler.state_dict(), **fresh})
     return model, optimizer, {"scaler": scaler}
 
@@ -87,14 +87,15 @@ def supervised_steps(run: Run, stage: str,
                      labelled: SegmentationDataset,
                      target: SegmentationDataset | None,  # None: batch norm is not adapted
                      recipe: Recipe,  # of the labelled images
-                     start: int,      # the step to begin with
+                     start: int,  # the step to begin with
                     ) -> Iterator[dict]:
     "The loss of each step of training on labels, with adaptive batch norm for a target (3.4)."
     c, how = run.cfg.abn, run.execution
     slots = run.share(c.source_batch, "abn.source-batch").slots
     order = epoch_order(run, stage, labelled, c.source_batch)
     sources = batches(run, labelled, start, c.steps, slots, order)
-    targets = _statistics_images(run, stage, target, start) if target else repeat(None)
+    targets = repeat(None)
+    if target: targets = _statistics_images(run, stage, target, start)
     for step, (batch, target_images) in enumerate(zip(sources, targets), start):
         set_lr(optimizer, c, step)
         seed_dropout(run, stage, step)
@@ -103,30 +104,36 @@ def supervised_steps(run: Run, stage: str,
             loss = abn_step(model, optimizer, images, labels, target_images,
                             how.cross_entropy, run.accelerator.backward, run.reduce)
         except FloatingPointError as e:
-            raise nonfinite_error(run, stage, step, e, names_of(labelled, batch)) from e
+            files = names_of(labelled, batch)
+            raise nonfinite_error(run, stage, step, e, files) from e
         yield {"loss_source": loss}
 
 def _statistics_images(run: Run, stage: str, target: SegmentationDataset, start: int,
                       ) -> Iterator[torch.Tensor]:  # (B, 3, h, w) each
     "Target images of each step, which only move the statistics of batch norm."
     c, key, P = run.cfg.abn, f"{stage} target", run.accelerator.num_processes
-    slots = range(c.target_batch)                # all or a part: the statistics are the same
-    if c.target_batch % P == 0: slots = run.share(c.target_batch, "abn.target-batch").slots
+    slots = range(c.target_batch)  # all or a part: the statistics are the same
+    if c.target_batch % P == 0:
+        slots = run.share(c.target_batch, "abn.target-batch").slots
     order = epoch_order(run, key, target, c.target_batch)
     recipe = Recipe(c.crop, c.scale, c.jitter)
-    for step, batch in enumerate(batches(run, target, start, c.steps, slots, order), start):
-        yield source_batch(run, key, batch, step, slots, recipe)[0]
+    targets = batches(run, target, start, c.steps, slots, order)
+    for step, batch in enumerate(targets, start):
+        images, _ = source_batch(run, key, batch, step, slots, recipe)
+        yield images
 
-# %% ../nbs/09_train.ipynb #647fd34c
+# %% ../nbs/09_train.ipynb #a0eb2ca2
 def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     "The stages source, abn and oracle: the network, and the seconds that its training took."
     c, d = run.cfg.abn, run.cfg.data
     network = _first_network(run, data["source"])
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
-    labelled, target = data["source"], data["target"] if stage == "abn" else None
+    labelled, target = data["source"], None
     recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std)
+    if stage == "abn": target = data["target"]
     if stage == "oracle":
-        labelled, recipe = target_data(d, labels=True), Recipe(c.crop, c.scale, c.jitter)
+        labelled = target_data(d, labels=True)
+        recipe = Recipe(c.crop, c.scale, c.jitter)
 
     def evaluate_it(step):
         return log_evaluations(run, stage, step, {"student": network}, data["val"])
@@ -136,12 +143,12 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
 
 def _first_network(run: Run, labelled: SegmentationDataset) -> nn.Module:
     "A network with its first weights, whose batch norm sees the images of all processes."
-    cfg = run.cfg
+    cfg, C, names = run.cfg, labelled.num_classes, labelled.names
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(cfg.seed, "weights"))
-        network = build_model(cfg.arch, labelled.num_classes, cfg.weights, names=labelled.names)
-    if run.accelerator.num_processes > 1: network = share_statistics(network, run.device)
-    return network
+        network = build_model(cfg.arch, C, cfg.weights, names=names)
+    if run.accelerator.num_processes == 1: return network
+    return share_statistics(network, run.device)
 
 # %% ../nbs/09_train.ipynb #29cc7df9
 @torch.no_grad()
@@ -153,10 +160,11 @@ def target_frequencies(run: Run, model: nn.Module, dataset: SegmentationDataset,
         model.eval()
         frequency = torch.zeros(len(dataset), model.num_classes, device=run.device)
         for sample in shared_samples(run, dataset, "while it counted classes"):
-            x = sample["image"][None].to(run.device)                      # (1, 3, H, W)
+            x = sample["image"][None].to(run.device)  # (1, 3, H, W)
             logits = upsample(model(normalize(x / 255)).float(), x.shape[-2:])
-            probs = logits.argmax(1) if run.cfg.sac.hard_counts else logits.softmax(1)
-            frequency[sample["index"]] = class_frequency(probs, model.num_classes)
+            seen = logits.softmax(1)
+            if run.cfg.sac.hard_counts: seen = logits.argmax(1)
+            frequency[sample["index"]] = class_frequency(seen, model.num_classes)
         frequency = run.reduce(frequency, "sum").cpu()
         if run.accelerator.is_main_process:
             with written_aside(path) as tmp: save_file({"frequency": frequency}, tmp)
@@ -172,7 +180,7 @@ def sac_steps(run: Run,
               teacher: MomentumNetwork,
               prior: ClassPrior,
               optimizer: torch.optim.Optimizer,
-              start: int,             # the step to begin with
+              start: int,  # the step to begin with
              ) -> Iterator[dict]:
     "The losses of each joint step (sections 3.3 and 3.4)."
     c, d, seed = run.cfg.sac, run.cfg.data, run.cfg.seed
@@ -181,20 +189,22 @@ def sac_steps(run: Run,
     how = run.shared_execution(model, share, c.micro_batch)
     recipe = Recipe(c.crop, c.source_scale, c.source_jitter, d.source_mean, d.source_std)
     order = epoch_order(run, "sac", data["source"], c.source_batch)
-    pick = lambda step, slot: draw(weights, generator(seed, "sac image", step, slot))
+    def pick(step, slot):
+        return draw(weights, generator(seed, "sac image", step, slot))
     sources = batches(run, data["source"], start, c.steps, slots, order)
     targets = batches(run, data["target"], start, c.steps, share.slots, pick)
     for step, (source, target) in enumerate(zip(sources, targets), start):
         set_lr(optimizer, c, step)
-        if step % c.period == 0: teacher.update(network)                  # eq. 9
+        if step % c.period == 0: teacher.update(network)  # eq. 9
         seed_dropout(run, "sac", step)
         images, labels = source_batch(run, "sac source", source, step, slots, recipe)
         views = target_batch(run, target, step, share)
         try:
-            losses = sac_step(model, teacher, prior, optimizer, images, labels, views, c.loss, how)
+            losses = sac_step(
+                model, teacher, prior, optimizer, images, labels, views, c.loss, how)
         except FloatingPointError as e:
-            names = f"{names_of(data['source'], source)}, {names_of(data['target'], target)}"
-            raise nonfinite_error(run, "sac", step, e, names) from e
+            files = names_of(data["source"], source), names_of(data["target"], target)
+            raise nonfinite_error(run, "sac", step, e, ", ".join(files)) from e
         yield losses
 
 # %% ../nbs/09_train.ipynb #455cb0ad
@@ -202,11 +212,12 @@ def warnings_in(rows: list[dict], names) -> list[str]:
     "What the joint stage's log gives cause to worry about: its last tenth beside its first."
     n = max(4, len(rows) // 10)
     if len(rows) < 2 * n: return []
-    accepted = np.array([row["accepted"] for row in rows])                # (lines, C)
-    source = np.array([row["loss_source"] for row in rows])               # (lines,)
-    first, last = accepted[:n].mean(0), accepted[-n:].mean(0)             # (C,)
+    accepted = np.array([row["accepted"] for row in rows])  # (lines, C)
+    source = np.array([row["loss_source"] for row in rows])  # (lines,)
+    first, last = accepted[:n].mean(0), accepted[-n:].mean(0)  # (C,)
     dying = (first > 1e-4) & (last < first / 10)
-    found = [f"pseudo labels of the class {names[c]} are dying out" for c in dying.nonzero()[0]]
+    rare = [names[c] for c in dying.nonzero()[0]]
+    found = [f"pseudo labels of the class {name} are dying out" for name in rare]
     if source[-n:].mean() > 1.5 * source[:n].mean():
         found.append("the source loss has climbed by more than half since the joint stage began")
     return found
@@ -216,8 +227,8 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
     if not run.accelerator.is_main_process: return
     rows = run.rows(event="step", stage="sac")
     chi, hp, step = prior.chi.cpu(), run.cfg.sac.loss, rows[-1]["step"]
-    peak = torch.ones(1, len(chi))                                        # of a class that is sure
-    limit = thresholds(peak, chi, hp.zeta, hp.beta, hp.floor)[0]          # (C,)
+    peak = torch.ones(1, len(chi))  # of a class that is sure
+    limit = thresholds(peak, chi, hp.zeta, hp.beta, hp.floor)[0]  # (C,)
     run.log(dict(event="classes", stage="sac", step=step,
                  prior=[round(x, 6) for x in chi.tolist()],
                  threshold=[round(x, 4) for x in limit.tolist()]))
@@ -231,27 +242,31 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
 def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     "The joint stage: the student, and the seconds that its training took."
     c, acc = run.cfg.sac, run.accelerator
-    acc.free_memory()                                                     # what pretraining left
+    acc.free_memory()  # what pretraining left
     network = freeze_bn(_starting_network(run, data["source"].names))
     if not run.cfg.plain: speed_up(network)
-    frequency = target_frequencies(run, network, data["target"])          # (N, C)
-    weights = sampling_weights(frequency, c.uniform, absent_classes(run.cfg.data.source))
+    frequency = target_frequencies(run, network, data["target"])  # (N, C)
+    absent = absent_classes(run.cfg.data.source)
+    weights = sampling_weights(frequency, c.uniform, absent)  # (C, N)
     momentum, teacher = _teacher(run, network)
     prior = ClassPrior(network.num_classes, c.gamma_chi, c.loss.beta).to(run.device)
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
 
     def evaluate_both(step):
         if acc.is_main_process:
-            figure_of_views(run, teacher, prior, example_views(run, data["target"]), step)
+            views = example_views(run, data["target"])
+            figure_of_views(run, teacher, prior, views, step)
         networks = {"student": network, "momentum": momentum.model}
         return log_evaluations(run, stage, step, networks, data["val"])
     steps = partial(sac_steps, run, data, weights, network, model, teacher, prior, optimizer)
     state = {"model": network, "optimizer": optimizer, "teacher": momentum, "prior": prior}
+    state |= scaler
     watch_it = partial(watch, run, prior, network.names)
-    seconds = run_stage(run, stage, c.steps, steps, {**state, **scaler}, evaluate_both,
+    seconds = run_stage(run, stage, c.steps, steps, state, evaluate_both,
                         run.cfg.eval_every, watch_it)
     if acc.is_main_process:
-        with written_aside(run.folder / "momentum") as tmp: momentum.model.save_pretrained(tmp)
+        with written_aside(run.folder / "momentum") as tmp:
+            momentum.model.save_pretrained(tmp)
     return network, seconds
 
 def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
@@ -265,8 +280,8 @@ def _starting_network(run: Run, names) -> nn.Module:
     "The network to start from. Raises `UserError` where architecture or classes are others."
     start = run.cfg.sac.start
     if start is None: return load_stage(run, "abn")
-    snapshot = Path(start).suffix == ".pth"
-    network = load_snapshot(start) if snapshot else SegmentationModel.from_pretrained(start)
+    if Path(start).suffix == ".pth": network = load_snapshot(start)
+    else: network = SegmentationModel.from_pretrained(start)
     _check_equal(start, "architecture", network.arch, run.cfg.arch)
     _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
     return network.to(run.device)
@@ -281,21 +296,22 @@ def _check_equal(start: str, what: str, there: str, here: str) -> None:
 def check_shares(run: Run) -> None:
     "Raises `UserError` where the processes cannot share a batch of one of the run's stages."
     c, P = run.cfg, run.accelerator.num_processes
-    kinds = {STAGES[stage].settings for stage in c.stages}                # abn, sac
-    asked = []                                                            # option, batch, views
+    kinds = {STAGES[stage].settings for stage in c.stages}  # abn, sac
+    asked = []  # option, batch, views
     if "abn" in kinds: asked.append(("abn.source-batch", c.abn.source_batch, 1))
     if "sac" in kinds:
         asked.append(("sac.source-batch", c.sac.source_batch, 1))
         asked.append(("sac.groups", c.sac.groups, c.sac.num_crops + 1))
     def refused(p):
-        return [f"--{o} {batch}" for o, batch, views in asked if not share_out(batch, views, 0, p)]
+        return [f"--{option} {batch}" for option, batch, views in asked
+                if not share_out(batch, views, 0, p)]
     if not refused(P): return
     most = max(batch * views for _, batch, views in asked)
     works = ", ".join(str(p) for p in range(1, 1 + most) if not refused(p))
     raise UserError(f"{', '.join(refused(P))} cannot be shared by {P} processes; "
                     f"start {works} processes, or give multiples of {P}")
 
-# %% ../nbs/09_train.ipynb #cdc506ee
+# %% ../nbs/09_train.ipynb #04f4a864
 def train_stage(run: Run, stage: str, data: dict) -> None:
     "One stage, unless it is done."
     entry = STAGES[stage]
@@ -311,10 +327,12 @@ def _save_stage(run: Run, stage: str, network: nn.Module, seconds: float) -> Non
     "Save a stage's network, and note the time that it took."
     path = run.folder / "seconds.json"
     spent = json.loads(path.read_text()) if path.exists() else {}
-    with written_aside(path) as tmp: tmp.write_text(json.dumps({**spent, stage: round(seconds, 1)}))
-    with written_aside(run.folder / STAGES[stage].folder) as tmp: network.save_pretrained(tmp)
+    spent[stage] = round(seconds, 1)
+    with written_aside(path) as tmp: tmp.write_text(json.dumps(spent))
+    with written_aside(run.folder / STAGES[stage].folder) as tmp:
+        network.save_pretrained(tmp)
 
-# %% ../nbs/09_train.ipynb #008b1d91
+# %% ../nbs/09_train.ipynb #72ded23e
 def train(cfg: Config) -> Run:
     """Run every stage that is not done yet, then write the report.
 
@@ -348,7 +366,8 @@ _SHORT = {"--pool": "--sac.loss.pool"}  # a short form of an option -> its name
 
 def main(argv: list[str] | None = None) -> None:
     "The command line: `[preset] [--option value ...]`, or `report FOLDER`."
-    argv = [_SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_SHORT.get(word, word) for word in argv]
     if argv[:1] == ["report"]: return report.main(argv[1:])
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["toy", *argv]

@@ -115,7 +115,7 @@ def test_a_figure_is_whole_and_closed(run):
     use_style()
     plt.subplots(figsize=(7, 2))
     path = save_figure(run, "mine")
-    assert path == run.folder / "figures" / "mine.png" and Image.open(path).width == 770
+    assert path == run.folder / "figures" / "mine.png" and Image.open(path).width == 700
     assert not plt.get_fignums() and not list(path.parent.glob("*.tmp"))
     for draw in (figure_of_curves, figure_of_classes):
         assert Image.open(draw(run)).width <= 800
@@ -170,7 +170,7 @@ def test_newest_picture_of_the_views(run):
     for step, width in ((2, 1), (10, 3)):
         plt.subplots(figsize=(width, 1))
         save_figure(run, f"views_{step:07d}")
-    assert 330 in [p.width for p in pictures(write_report(run).read_text())]
+    assert 300 in [p.width for p in pictures(write_report(run).read_text())]
 
 
 def test_warnings_are_drawn_words_and_escaped(run):
