@@ -23,6 +23,7 @@ from directives import (
     CALLOUT, LINK, NBS, module_of, notebooks, page, read, statements, title_of)
 
 SITE, ROOT = NBS / "site", NBS.parent
+REPOSITORY = "https://github.com/sac-lit/sac_lit/blob/main"
 KEPT = "README_files"   # of docs/, which readme.py fills
 ICONS = re.compile(     # of all icons; site.css has the few that are used
     r"<script[^>]*fontawesome[.]js[^>]*></script>|@font-face{[^}]*fontawesome[^}]*}")
@@ -44,7 +45,8 @@ def for_myst(text: str) -> str:
 
 def to_page(link: re.Match) -> str:
     path, anchor = link.groups()
-    return f"]({page(Path(path))}.ipynb{anchor or ''})" if path.endswith(".ipynb") else link[0]
+    if path.endswith(".ipynb"): return f"]({page(Path(path))}.ipynb{anchor or ''})"
+    return f"]({REPOSITORY}/{path.removeprefix('../')})" if path.startswith("../") else link[0]
 
 
 def admonition(callout: re.Match) -> str:
