@@ -117,7 +117,7 @@ def test_pages_read_well(pages):
 
 def test_site_is_small():
     assert (DOCS / ".nojekyll").exists()
-    assert sum(p.stat().st_size for p in DOCS.rglob("*") if p.is_file()) < 15e6
+    assert sum(p.stat().st_size for p in DOCS.rglob("*") if p.is_file()) < 20e6
 
 
 # ---------------------------------------------------------------- in a browser
