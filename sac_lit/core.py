@@ -206,7 +206,7 @@ class ConfusionMatrix:
         if classes is not None: iou = iou[list(classes)]
         return iou.nanmean().item()
 
-# %% ../nbs/00_core.ipynb #6f02c745
+# %% ../nbs/00_core.ipynb #d451efce
 def evaluate(predict,  # image uint8 (3, H, W) -> predicted train ids (H, W)
              samples,  # iterable of {"image": (3, H, W), "label": (H, W)}
              num_classes: int,
@@ -262,7 +262,7 @@ def generator(seed: int, *key) -> torch.Generator:
 class UserError(Exception):
     "What the user can mend: one sentence names the file, option or value, and what to do."
 
-# %% ../nbs/00_core.ipynb #52fb410d
+# %% ../nbs/00_core.ipynb #c835c936
 def lookup(table: dict,  # entries by name
            name: str,    # a key of the table, or `module:name` of an object of one's own
            option: str,  # that gave the name, for the message: "arch"
@@ -312,12 +312,12 @@ def written_aside(path: Path) -> Iterator[Path]:
     os.replace(aside, path)
     flush(path.parent)
 
-# %% ../nbs/00_core.ipynb #39e29f94
+# %% ../nbs/00_core.ipynb #1a3f7d74
 def fingerprint(*things) -> str:  # 16 hexadecimal digits
     "A hash of things that `repr` tells apart: numbers, strings, bytes, tuples and lists of them."
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #11dba277
+# %% ../nbs/00_core.ipynb #05257cc4
 class Stopped(Exception):
     "Somebody asked the run to stop, and it did."
 
@@ -335,7 +335,7 @@ def clean_exit(again="give the same command again"):  # what to do after an inte
     print(line, file=sys.stderr)
     sys.exit(status)
 
-# %% ../nbs/00_core.ipynb #219ed506
+# %% ../nbs/00_core.ipynb #5cafbfc0
 def optional(module: str,  # its name
              extra: str,   # the extra of this package that installs it
             ):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_optimizer', 'lr_factor', 'set_lr', 'prepare', 'seed_dropout', 'supervised_steps', 'train_supervised',
-           'target_frequencies', 'sac_steps', 'warnings_in', 'watch', 'train_sac', 'check_shares', 'train_stage',
-           'train', 'main']
+           'target_frequencies', 'sac_steps', 'warnings_in', 'watch', 'train_sac', 'check_shares', 'train', 'main']
 
 # %% ../nbs/09_train.ipynb #d5798adc
 from contextlib import nullcontext
@@ -312,7 +311,7 @@ def check_shares(run: Run) -> None:
                     f"start {works} processes, or give multiples of {P}")
 
 # %% ../nbs/09_train.ipynb #04f4a864
-def train_stage(run: Run, stage: str, data: dict) -> None:
+def _train_stage(run: Run, stage: str, data: dict) -> None:
     "One stage, unless it is done."
     entry = STAGES[stage]
     if not run.agreed((run.folder / entry.folder).exists()):
@@ -348,7 +347,7 @@ def train(cfg: Config) -> Run:
         data = open_data(run)
         use_style()
         with run.stop:
-            for stage in cfg.stages: train_stage(run, stage, data)
+            for stage in cfg.stages: _train_stage(run, stage, data)
         if accelerator.is_main_process: _say_results(run, data)
     accelerator.end_training()
     return run
