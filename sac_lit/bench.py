@@ -126,7 +126,7 @@ def _random_batch(s: Settings, device: torch.device):
     labels = torch.randint(19, (s.source_batch, h, w), generator=g).to(device)
     frames = torch.zeros(s.groups, 3, h, w, dtype=torch.uint8)
     _, boxes, flips = target_views(frames, [g] * s.groups, s.crop, s.num_crops)
-    theta = crop_theta(*boxes.unbind(-1), s.crop, flips).to(device)       # (B, T, 2, 3)
+    theta = crop_theta(*boxes.unbind(-1), s.crop, flips).to(device)  # (B, T, 2, 3)
     clean, noise = torch.randn(2, s.groups, T, 3, h, w, generator=g).to(device)
     return images, labels, Views(clean, clean + .1 * noise, theta)
 
@@ -292,7 +292,7 @@ def evaluation_times(load: Workload, size=(1024, 2048), repeats: int = 3) -> dic
     watch, cm = Stopwatch(load.device), ConfusionMatrix(19)
     load.network.eval()
     for k in range(repeats + 1):
-        if k == 1: watch.seconds.clear()                                  # the first one warms up
+        if k == 1: watch.seconds.clear()  # the first one warms up
         watch.last = watch.now()
         pred = fast_predicted_classes(scores, size)
         watch.mark("classes of the upsampled scores")
@@ -315,7 +315,7 @@ def measure(loads: list[Workload], repeats: int) -> list[dict]:
     runs = [[_timed(load) for load in loads] for _ in range(repeats + 1)][1:]    # one warms up
     abn = [[_seconds(load.abn_step, load.device) for load in loads] for _ in range(repeats)]
     sides = []
-    for times, pretraining in zip(zip(*runs), zip(*abn)):                 # side by side
+    for times, pretraining in zip(zip(*runs), zip(*abn)):  # side by side
         steps, phases = zip(*times)
         medians = {p: statistics.median(x.get(p, 0.) for x in phases) for p in phases[0]}
         sides.append({"step": statistics.median(steps), "steps": list(steps),

@@ -32,55 +32,63 @@ from .ema_training import MomentumNetwork, PLAIN, SelfSupervision, Views, forwar
 def _taps(start, length, size: int, pixels: int, frame) -> tuple[torch.Tensor, torch.Tensor]:
     "The pixels that `resampling_matrix` gives a weight, and these weights: (N, size, K) each."
     start, length = start[:, None, None], length[:, None, None]
-    scale = length.float() / size                                         # as in torch's own resize
+    end = frame[:, None, None]
+    pixel = torch.arange(size, dtype=torch.float64)[:, None]  # (size, 1)
+    scale = length.float() / size  # as in torch's own resize
     reach = scale.clamp(min=1)
-    centre = scale.double() * (torch.arange(size, dtype=torch.float64)[:, None] + .5)
-    centre = centre.float()                                               # (N, size, 1)
-    first = (centre - reach + .5).long().clamp(min=0)                     # (N, size, 1)
-    place = first + torch.arange(math.ceil(2 * reach.max()) + 1)          # in the box, (N, size, K)
+    centre = (scale.double() * (pixel + .5)).float()  # (N, size, 1)
+    first = (centre - reach + .5).long().clamp(min=0)  # (N, size, 1)
+    most = math.ceil(2 * reach.max()) + 1  # K
+    place = first + torch.arange(most)  # in the box, (N, size, K)
     distance = ((place - centre).double() + .5) * (1 / reach).double()
-    weight = (1 - distance.float().abs()).clamp(min=0) * (place < length)
+    weight = (1 - distance.float().abs()).clamp(min=0)
+    weight = weight * (place < length)
     weight = weight / weight.sum(-1, keepdim=True)
-    column, end = place + start, pixels if frame is None else frame[:, None, None]
-    return column.clamp(0, pixels - 1), weight * ((column >= 0) & (column < end))
+    column = place + start
+    inside = (column >= 0) & (column < end)
+    return column.clamp(0, pixels - 1), weight * inside
 
 def _weighted_rows(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     "Weighted sums of the rows of matrices: (N, H, D), (N, h, K) twice -> (N, h, D)."
     N, H, _ = x.shape
-    index = index + H * torch.arange(N)[:, None, None]                    # one below the other
-    index, weight = index.to(x.device), weight.to(x)
-    sums = F.embedding_bag(index.flatten(0, 1), x.flatten(0, 1), mode="sum",
-                           per_sample_weights=weight.flatten(0, 1))
+    index = index + H * torch.arange(N)[:, None, None]  # one matrix below the other
+    index = index.to(x.device).flatten(0, 1)
+    weight = weight.to(x).flatten(0, 1)
+    table = x.flatten(0, 1)  # (N·H, D)
+    sums = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
     return sums.unflatten(0, (N, -1))
 
 # %% ../nbs/08a_fast.ipynb #e7f39cb1
 def fast_crop_and_resize(images: torch.Tensor,  # float (..., C, H, W)
                          boxes: torch.Tensor,   # (..., 4)
-                         size,                  # (h, w) of the result
+                         size,  # (h, w) of the result
                          flips: torch.Tensor | None = None,   # bool (...)
-                         fill=0.,               # value of what lies outside, or one a channel
+                         fill=0.,  # value of what lies outside, or one a channel
                          frames: torch.Tensor | None = None,  # (..., 2)
-                        ) -> torch.Tensor:      # (..., C, h, w)
+                        ) -> torch.Tensor:  # (..., C, h, w)
     "`crop_and_resize` by the few pixels that each pixel of the result is made of."
     *lead, C, H, W = images.shape
     h, w = size
     images, boxes = images.reshape(-1, C, H, W), boxes.reshape(-1, 4)
-    frames = None if frames is None else frames.reshape(-1, 2)
-    _check_boxes(boxes, torch.tensor([H, W]) if frames is None else frames)
-    frame_height, frame_width = (None, None) if frames is None else frames.unbind(-1)
-    rows, row_weights = _taps(boxes[:, 0], boxes[:, 2], h, H, frame_height)
-    cols, col_weights = _taps(boxes[:, 1], boxes[:, 3], w, W, frame_width)
+    frames = torch.tensor([[H, W]]) if frames is None else frames.reshape(-1, 2)
+    _check_boxes(boxes, frames)
+    top, left, height, width = boxes.unbind(-1)
+    rows, row_weights = _taps(top, height, h, H, frames[:, 0])  # (N, h, K) each
+    cols, col_weights = _taps(left, width, w, W, frames[:, 1])  # (N, w, K') each
     if flips is not None:
         flips = flips.reshape(-1, 1, 1).cpu()
-        cols, col_weights = (torch.where(flips, x.flip(1), x) for x in (cols, col_weights))
-    x = images.permute(0, 3, 1, 2).flatten(2)                             # (N, W, C·H)
-    x = _weighted_rows(x, cols, col_weights).unflatten(2, (C, H))         # (N, w, C, H)
-    x = x.permute(0, 3, 2, 1).flatten(2)                                  # (N, H, C·w)
-    x = _weighted_rows(x, rows, row_weights).unflatten(2, (C, w))         # (N, h, C, w)
-    x = x.transpose(1, 2)                                                 # (N, C, h, w)
-    outside = 1 - row_weights.sum(-1)[:, :, None] * col_weights.sum(-1)[:, None, :]   # (N, h, w)
+        cols = torch.where(flips, cols.flip(1), cols)
+        col_weights = torch.where(flips, col_weights.flip(1), col_weights)
+    x = images.permute(0, 3, 1, 2).flatten(2)  # (N, W, C·H)
+    x = _weighted_rows(x, cols, col_weights)  # (N, w, C·H)
+    x = x.unflatten(2, (C, H)).permute(0, 3, 2, 1).flatten(2)  # (N, H, C·w)
+    x = _weighted_rows(x, rows, row_weights)  # (N, h, C·w)
+    x = x.unflatten(2, (C, w)).transpose(1, 2)  # (N, C, h, w)
+    a, b = row_weights.sum(-1), col_weights.sum(-1)  # (N, h), (N, w)
+    outside = 1 - a[:, :, None] * b[:, None, :]  # (N, h, w)
     fill = torch.as_tensor(fill).to(x).view(-1, 1, 1)
-    return (x + outside[:, None].to(x) * fill).unflatten(0, lead)
+    x = x + outside[:, None].to(x) * fill
+    return x.unflatten(0, lead)
 
 # %% ../nbs/08a_fast.ipynb #c7393a69
 class FoldedConv2d(nn.Conv2d):
@@ -88,9 +96,9 @@ class FoldedConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K', H, W) -> (B, K, h, w)
         bn, = self.norm
         if bn.training: return super().forward(x)
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()             # (K,)
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()  # (K,)
         bias = 0 if self.bias is None else self.bias
-        shift = bn.bias + (bias - bn.running_mean) * scale                # (K,)
+        shift = bn.bias + (bias - bn.running_mean) * scale  # (K,)
         return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
@@ -103,7 +111,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
     layers = [m for m in model.modules() if not any(m.children())]
     for conv, bn in zip(layers, layers[1:]):
         if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
-            conv.norm = (bn,)             # in a tuple: no child, no second entry in the state
+            conv.norm = (bn,)  # in a tuple: no child, no second entry in the state
             conv.__class__, bn.__class__ = FoldedConv2d, FoldedBatchNorm2d
     return model
 
@@ -111,11 +119,11 @@ def fold_bn(model: nn.Module) -> nn.Module:
 class ASPPByTaps(ASPP):
     "ASPP with every tap first: one 1 x 1 convolution, whose maps are then shifted and added."
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, h, w) -> (B, C, h, w)
-        convs = self.conv2d_list                                          # R rates
-        taps = [c.weight.flip(-2, -1).permute(0, 2, 3, 1).flatten(0, 2) for c in convs]
-        weight = torch.cat(taps)                                          # (R·C·9, channels)
-        maps = F.conv2d(x, weight[..., None, None]).to(weight.dtype)      # (B, R·C·9, h, w)
-        per_rate = maps.flatten(2).chunk(len(convs), 1)                   # (B, C·9, h·w) each
+        convs = self.conv2d_list  # R rates
+        taps = [c.weight.flip(-2, -1).permute(0, 2, 3, 1) for c in convs]  # (C, 3, 3, channels)
+        weight = torch.cat([x.flatten(0, 2) for x in taps])  # (R·C·9, channels)
+        maps = F.conv2d(x, weight[..., None, None]).to(weight.dtype)  # (B, R·C·9, h, w)
+        per_rate = maps.flatten(2).chunk(len(convs), 1)  # (B, C·9, h·w) each
         size = x.shape[-2:]
         shifted = [F.fold(m, size, 3, c.dilation, c.padding) for m, c in zip(per_rate, convs)]
         return sum(shifted) + sum(c.bias for c in convs)[:, None, None]
@@ -136,8 +144,8 @@ def speed_up(model: nn.Module) -> nn.Module:
 # %% ../nbs/08a_fast.ipynb #50b8ecf0
 class _Strip(NamedTuple):
     "Some rows of an upsampled map, and what they are made of."
-    rows: slice           # of the upsampled map
-    source: slice         # rows of the logits between which they lie
+    rows: slice  # of the upsampled map
+    source: slice  # rows of the logits between which they lie
     matrix: torch.Tensor  # (rows, rows of the source)
 
 def row_strips(h: int,  # rows of the logits
@@ -159,22 +167,22 @@ def row_strips(h: int,  # rows of the logits
 
 # %% ../nbs/08a_fast.ipynb #e771f4fa
 def fast_argmax(scores: torch.Tensor,  # (C, H, W), finite
-               ) -> torch.Tensor:      # uint8 (H, W)
+               ) -> torch.Tensor:  # uint8 (H, W)
     "`argmax` over the classes by subtractions and maxima, which a processor does many at a time."
     C = len(scores)
-    order = torch.arange(C - 1., -1., -1., device=scores.device)[:, None, None]     # C - 1, ..., 0
-    gap = scores - scores.amax(0)                    # 0 where a class is the largest, else negative
+    order = torch.arange(C - 1., -1., -1., device=scores.device)[:, None, None]  # C - 1, ..., 0
+    gap = scores - scores.amax(0)  # 0 where a class is the largest, else negative
     first = torch.add(order, gap, alpha=1e30).amax(0)
     return (C - 1 - first).to(torch.uint8)
 
 def fast_predicted_classes(logits: torch.Tensor,  # (B, C, h, w)
-                           size,                  # (H, W)
-                          ) -> torch.Tensor:      # uint8 (B, H, W)
+                           size,  # (H, W)
+                          ) -> torch.Tensor:  # uint8 (B, H, W)
     "`predicted_classes`, a strip at a time."
     H, W = size
-    wide = upsample(logits.float(), (logits.shape[-2], W))                # (B, C, h, W)
+    wide = upsample(logits.float(), (logits.shape[-2], W))  # (B, C, h, W)
     strips = row_strips(wide.shape[-2], H, wide)
-    with torch.autocast(wide.device.type, enabled=False):                 # all of it in float32
+    with torch.autocast(wide.device.type, enabled=False):  # all of it in float32
         maps = [torch.cat([fast_argmax(s.matrix @ y[:, s.source]) for s in strips]) for y in wide]
     return torch.stack(maps)
 
@@ -185,16 +193,16 @@ class _StreamedCrossEntropy(torch.autograd.Function):
     def forward(ctx, wide, labels, weight):  # float (B, C, h, W), int64 (B, H, W), float (B, H, W)
         labelled = labels != IGNORE_INDEX
         weight = weight * labelled / labels.numel()
-        labels = labels.where(labelled, 0)[:, None]                       # (B, 1, H, W)
+        labels = labels.where(labelled, 0)
         grad, loss = torch.zeros_like(wide), wide.new_zeros(())
-        for strip in row_strips(wide.shape[-2], labels.shape[-2], wide):
-            for scores, gradient, label, w in zip(wide, grad, labels, weight):      # image by image
-                scores, gradient = scores[:, strip.source], gradient[:, strip.source]   # (C, s, W)
-                label, w = label[:, strip.rows], w[None, strip.rows]      # (1, rows, W)
-                log_probs = (strip.matrix @ scores).log_softmax(0)        # (C, rows, W)
+        for rows, source, matrix in row_strips(wide.shape[-2], labels.shape[-2], wide):
+            for i, scores in enumerate(wide[:, :, source]):  # (C, s, W), image by image
+                label, w = labels[i, None, rows], weight[i, None, rows]  # (1, rows, W)
+                log_probs = (matrix @ scores).log_softmax(0)  # (C, rows, W)
                 loss -= (log_probs.gather(0, label) * w).sum()
-                error = (log_probs.exp_() * w).scatter_add_(0, label, -w)   # w (softmax - one-hot)
-                gradient += strip.matrix.T @ error
+                error = log_probs.exp_() * w
+                error.scatter_add_(0, label, -w)  # w (softmax - one-hot)
+                grad[i, :, source].add_(matrix.T @ error)
         ctx.save_for_backward(grad)
         return loss
 
@@ -204,19 +212,19 @@ class _StreamedCrossEntropy(torch.autograd.Function):
 
 def fast_cross_entropy(logits: torch.Tensor,  # at the network's stride, (B, C, h, w)
                        labels: torch.Tensor,  # train ids, int64 (B, H, W); 255 is ignored
-                       weight=1.,             # of each pixel, float (B, H, W), without gradient
-                      ) -> torch.Tensor:      # scalar, float32
+                       weight=1.,  # of each pixel, float (B, H, W), without gradient
+                      ) -> torch.Tensor:  # scalar, float32
     "`cross_entropy` without any map of scores at full resolution."
     weight = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
-    weight = weight.expand(labels.shape)                                  # (B, H, W)
-    with torch.autocast(logits.device.type, enabled=False):               # all of it in float32
+    weight = weight.expand(labels.shape)  # (B, H, W)
+    with torch.autocast(logits.device.type, enabled=False):  # all of it in float32
         wide = upsample(logits.float(), (logits.shape[-2], labels.shape[-1]))
         return _StreamedCrossEntropy.apply(wide, labels, weight)
 
 # %% ../nbs/08a_fast.ipynb #2597ace5
 @torch.no_grad()
 def fast_pseudo_supervision(teacher: MomentumNetwork,
-                            prior: ClassPrior,     # updated here
+                            prior: ClassPrior,  # updated here
                             views: Views,
                             hp: SelfSupervision = SelfSupervision(),
                             reduce=lambda x: x,    # takes a tensor to its mean over processes
@@ -224,32 +232,34 @@ def fast_pseudo_supervision(teacher: MomentumNetwork,
                             micro_batch: int = 0,  # views in one pass of the teacher; 0: all
                            ) -> tuple[torch.Tensor, torch.Tensor]:  # labels, confidence (B·t, H, W)
     "`pseudo_supervision`, a group at a time: what stays is the dominant class and its confidence."
-    (B, t), size = views.clean.shape[:2], views.clean.shape[-2:]
-    images = views.clean.flatten(0, 1)                                    # (B·t, 3, H, W)
-    logits = torch.cat([teacher(x) for x in images.split(micro_batch or len(images))])
-    logits = gather(logits.unflatten(0, (B, t)))                          # (B, T, C, h, w)
+    B, t, _, H, W = views.clean.shape
+    images = views.clean.flatten(0, 1)  # (B·t, 3, H, W)
+    parts = images.split(micro_batch or len(images))
+    logits = torch.cat([teacher(x) for x in parts])
+    logits = gather(logits.unflatten(0, (B, t)))  # (B, T, C, h, w)
     shares, tops = [], []
-    for group, theta in zip(logits, views.theta):                         # (T, C, h, w), (T, 2, 3)
-        probs = upsample(group.float(), size).softmax(1)                  # (T, C, H, W)
-        shares.append(probs.mean((2, 3)))                                 # (T, C)
-        fused, _ = fuse(probs[None], theta[None], pool=hp.pool)           # (1, T, C, H, W)
+    for group, theta in zip(logits, views.theta):  # (T, C, h, w), (T, 2, 3)
+        probs = upsample(group.float(), (H, W)).softmax(1)  # (T, C, H, W)
+        shares.append(probs.mean((2, 3)))  # (T, C)
+        fused, _ = fuse(probs[None], theta[None], pool=hp.pool)  # (1, T, C, H, W)
         tops.append(fused[0, views.mine].max(1))
-    shares = torch.stack(shares)[..., None, None]                         # as maps of one pixel
-    prior.update(shares, reduce)
-    confidence, dominant = (torch.cat(x) for x in zip(*tops))             # (B·t, H, W) each
+    shares = torch.stack(shares)  # (B, T, C)
+    prior.update(shares[..., None, None], reduce)  # as maps of one pixel
+    confidence, dominant = (torch.cat(x) for x in zip(*tops))  # (B·t, H, W) each
     labels = keep_confident(confidence, dominant, prior.chi, hp.zeta, hp.beta, hp.floor)
     return labels, confidence
 
 # %% ../nbs/08a_fast.ipynb #a9de1cf1
-def micro_batched(size: int,            # images in one pass
+def micro_batched(size: int,  # images in one pass
                   no_sync=nullcontext,  # context of all passes but the last
-                 ):                     # a twin of `forward_backward`
+                 ):  # a twin of `forward_backward`
     "Forward and backward passes over parts of a batch: less memory, the same gradient."
     def passes(model, loss_of, images, *targets, factor=1., backward=torch.Tensor.backward):
-        total, parts = 0., list(zip(*(x.split(size) for x in (images, *targets))))
-        for i, part in enumerate(parts):
+        total = 0.
+        *first, last = zip(*(x.split(size) for x in (images, *targets)))
+        for part in (*first, last):
             share = len(part[0]) / len(images)
-            with nullcontext() if i == len(parts) - 1 else no_sync():
+            with nullcontext() if part is last else no_sync():
                 loss = forward_backward(model, loss_of, *part, factor=factor * share,
                                         backward=backward)
             total = total + share * loss
@@ -272,7 +282,7 @@ def _still_statistics(net: nn.Module) -> Iterator[None]:
 def _checkpointed(net: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
     "A forward pass that is done again in the backward pass, unless no gradient is asked for."
     if not torch.is_grad_enabled(): return forward(x)
-    if torch.compiler.is_compiling():     # the compiler does not repeat what changes a buffer
+    if torch.compiler.is_compiling():  # the compiler does not repeat what changes a buffer
         return checkpoint(forward, x, use_reentrant=False)
     again = lambda: (nullcontext(), _still_statistics(net))
     return checkpoint(forward, x, use_reentrant=False, context_fn=again)

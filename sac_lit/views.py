@@ -39,100 +39,125 @@ def matching_statistics(source: str,  # name in COLOR_STATISTICS
                         target: str = "cityscapes",
                        ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean, std
     "Constants that give source images the statistics of target images under ImageNet's."
-    (mean_s, std_s), (mean_t, std_t) = COLOR_STATISTICS[source], COLOR_STATISTICS[target]
+    mean_s, std_s = COLOR_STATISTICS[source]
+    mean_t, std_t = COLOR_STATISTICS[target]
     ratio = [s / t for s, t in zip(std_s, std_t)]
-    matched = zip(mean_s, mean_t, IMAGENET_MEAN, ratio)
-    mean = tuple(ms - k * (mt - m) for ms, mt, m, k in matched)
-    return mean, tuple(k * s for k, s in zip(ratio, IMAGENET_STD))
+    means = zip(mean_s, mean_t, IMAGENET_MEAN, ratio)
+    mean = tuple(ms - k * (mt - m) for ms, mt, m, k in means)
+    std = tuple(k * s for k, s in zip(ratio, IMAGENET_STD))
+    return mean, std
 
 # %% ../nbs/01b_views.ipynb #f1770cfb
 def resampling_matrix(start: torch.Tensor,   # first pixel of each box along an axis, integers (...)
                       length: torch.Tensor,  # pixels of each box, integers (...)
-                      size: int,             # pixels of the result
-                      pixels: int,           # of the axis, padding included
+                      size: int,  # pixels of the result
+                      pixels: int,  # of the axis, padding included
                       frame: torch.Tensor | None = None,  # pixels that are image, (...)
-                     ) -> torch.Tensor:      # float64 (..., size, pixels)
+                     ) -> torch.Tensor:  # float64 (..., size, pixels)
     "How much of each pixel goes into each pixel of the result: bilinear, anti-aliased."
-    start, length = (x.double()[..., None, None] for x in (start, length))     # (..., 1, 1)
-    place = torch.arange(int(length.max()), dtype=torch.float64)          # of a pixel in the box
-    scale = length / size
-    centre = scale * (torch.arange(size, dtype=torch.float64)[:, None] + .5)   # (..., size, 1)
-    weight = (1 - (place + .5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * (place < length)                                    # (..., size, places)
-    weight = weight / weight.sum(-1, keepdim=True)
-    column = torch.arange(pixels) - start                                 # (..., 1, pixels)
-    inside = (column >= 0) & (column < length)
-    if frame is not None: inside &= torch.arange(pixels) < frame[..., None, None]
-    column = column.clamp(0, len(place) - 1).long().expand(*weight.shape[:-1], -1)
+    start = start.double()[..., None, None]  # (..., 1, 1)
+    length = length.double()[..., None, None]
+    weight = _tents(length, size)  # (..., size, longest box)
+    column = torch.arange(pixels) - start  # each pixel's place in the box
+    inside = (column >= 0) & (column < length)  # (..., 1, pixels)
+    if frame is not None:
+        inside &= torch.arange(pixels) < frame[..., None, None]
+    column = column.clamp(0, weight.shape[-1] - 1).long()
+    column = column.expand(*weight.shape[:-1], -1)  # (..., size, pixels)
     return weight.gather(-1, column) * inside
+
+def _tents(length: torch.Tensor, size: int) -> torch.Tensor:  # (..., 1, 1)
+    "The weights of the pixels of each box, wherever it lies: (..., size, longest box)."
+    place = torch.arange(int(length.max()), dtype=torch.float64)
+    pixel = torch.arange(size, dtype=torch.float64)[:, None]  # (size, 1)
+    scale = length / size
+    centre = scale * (pixel + .5)  # (..., size, 1)
+    distance = (place + .5 - centre).abs()
+    weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * (place < length)
+    return weight / weight.sum(-1, keepdim=True)
 
 # %% ../nbs/01b_views.ipynb #87cb4925
 def _check_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> None:
     "Raise `ValueError` for a box without a pixel of its image: (..., 4), (..., 2)."
-    start, end = boxes[..., :2], boxes[..., :2] + boxes[..., 2:]
-    outside = ((start >= sizes) | (end <= start.clamp(min=0))).any(-1)    # (...)
-    if outside.any():
-        box, size = tuple(boxes[outside][0].tolist()), sizes.expand_as(start)[outside][0]
-        raise ValueError(f"box {box} lies outside the image of {tuple(size.tolist())} pixels")
+    start, length = boxes[..., :2], boxes[..., 2:]
+    end = start + length
+    outside = (start >= sizes) | (end <= start.clamp(min=0))
+    outside = outside.any(-1)  # (...)
+    if not outside.any(): return
+    box = boxes[outside][0].tolist()
+    size = sizes.expand_as(start)[outside][0].tolist()
+    raise ValueError(f"box {tuple(box)} lies outside the image of {tuple(size)} pixels")
 
 def crop_and_resize(images: torch.Tensor,  # float (..., C, H, W)
                     boxes: torch.Tensor,   # top, left, height, width in pixels, (..., 4)
-                    size,                  # (h, w) of the result
+                    size,  # (h, w) of the result
                     flips: torch.Tensor | None = None,   # bool (...): mirror the result
-                    fill=0.,               # value of what lies outside, or one for each channel
+                    fill=0.,  # value of what lies outside, or one for each channel
                     frames: torch.Tensor | None = None,  # (..., 2): sizes without padding
-                   ) -> torch.Tensor:      # (..., C, h, w)
+                   ) -> torch.Tensor:  # (..., C, h, w)
     "Cut a box out of every image and bring it to `size`. Raises `ValueError` for a box outside."
-    H, W = images.shape[-2:]
-    sizes = torch.tensor([H, W]) if frames is None else frames
-    _check_boxes(boxes, sizes)
+    (H, W), (h, w) = images.shape[-2:], size
+    if frames is None: frames = torch.tensor([H, W])
+    _check_boxes(boxes, frames)
     top, left, height, width = boxes.unbind(-1)
-    frame_height, frame_width = (None, None) if frames is None else frames.unbind(-1)
-    rows = resampling_matrix(top, height, size[0], H, frame_height)       # A, (..., h, H)
-    cols = resampling_matrix(left, width, size[1], W, frame_width)        # B, (..., w, W)
-    if flips is not None: cols = torch.where(flips[..., None, None].cpu(), cols.flip(-2), cols)
-    outside = 1 - rows.sum(-1)[..., :, None] * cols.sum(-1)[..., None, :]      # (..., h, w)
-    rows, cols, outside = (x.to(images)[..., None, :, :] for x in (rows, cols, outside))
-    fill = torch.as_tensor(fill).to(images).view(-1, 1, 1)                # (C or 1, 1, 1)
+    rows = resampling_matrix(top, height, h, H, frames[..., 0])  # A, (..., h, H)
+    cols = resampling_matrix(left, width, w, W, frames[..., 1])  # B, (..., w, W)
+    if flips is not None:
+        mirrored = flips[..., None, None].cpu()
+        cols = torch.where(mirrored, cols.flip(-2), cols)
+    a, b = rows.sum(-1), cols.sum(-1)  # (..., h), (..., w)
+    outside = 1 - a[..., :, None] * b[..., None, :]  # (..., h, w)
+    rows, cols, outside = (x.to(images).unsqueeze(-3) for x in (rows, cols, outside))
+    fill = torch.as_tensor(fill).to(images).view(-1, 1, 1)  # (C or 1, 1, 1)
     return rows @ images @ cols.mT + outside * fill
 
 # %% ../nbs/01b_views.ipynb #fd77ca75
 def crop_labels(labels: torch.Tensor,  # integers (B, H, W)
                 boxes: torch.Tensor,   # (B, 4), as in `crop_and_resize`
-                size,                  # (h, w) of the result
+                size,  # (h, w) of the result
                 flips: torch.Tensor | None = None,   # bool (B,)
                 frames: torch.Tensor | None = None,  # (B, 2)
-               ) -> torch.Tensor:      # int64 (B, h, w), `IGNORE_INDEX` outside
+               ) -> torch.Tensor:  # int64 (B, h, w), `IGNORE_INDEX` outside
     "The same for label maps: each pixel takes the label of the nearest one."
     (B, H, W), (h, w) = labels.shape, size
-    top, left, height, width = boxes[:, :, None].unbind(1)                # (B, 1) each
-    y = top + ((torch.arange(h) + .5) * height / h).floor().long()        # (B, h)
-    x = left + ((torch.arange(w) + .5) * width / w).floor().long()        # (B, w)
+    frames = _frames(labels, frames)  # (B, 2)
+    top, left, height, width = boxes[:, :, None].unbind(1)  # (B, 1) each
+    y = _nearest(top, height, h)  # (B, h)
+    x = _nearest(left, width, w)  # (B, w)
     if flips is not None: x = torch.where(flips[:, None].cpu(), x.flip(1), x)
-    bottom, right = (H, W) if frames is None else frames[:, :, None].unbind(1)
-    inside = ((y >= 0) & (y < bottom))[:, :, None] & ((x >= 0) & (x < right))[:, None]
-    y, x = y.clamp(0, H - 1)[:, :, None], x.clamp(0, W - 1)[:, None]      # (B, h, 1), (B, 1, w)
+    in_rows = (y >= 0) & (y < frames[:, :1])
+    in_cols = (x >= 0) & (x < frames[:, 1:])
+    inside = in_rows[:, :, None] & in_cols[:, None]  # (B, h, w)
+    y = y.clamp(0, H - 1)[:, :, None]  # (B, h, 1)
+    x = x.clamp(0, W - 1)[:, None]  # (B, 1, w)
     y, x, inside = (i.to(labels.device) for i in (y, x, inside))
     image = torch.arange(B, device=labels.device)[:, None, None]
     return torch.where(inside, labels[image, y, x].long(), IGNORE_INDEX)
 
-# %% ../nbs/01b_views.ipynb #842be031
-def collate(samples: list[dict],  # of `SegmentationDataset`
-           ) -> dict:  # image (B, 3, H, W), frame (B, 2), index (B,), label (B, H, W) if any
-    "A batch; smaller images are padded at the right and below, and `frame` is the size of each."
-    frames = torch.tensor([s["image"].shape[-2:] for s in samples])       # (B, 2)
-    H, W = frames.amax(0).tolist()
-    def padded(x, value): return F.pad(x, (0, W - x.shape[-1], 0, H - x.shape[-2]), value=value)
-    batch = {"image": torch.stack([padded(s["image"], 0) for s in samples]), "frame": frames,
-             "index": torch.tensor([s["index"] for s in samples])}
-    if "label" in samples[0]:
-        batch["label"] = torch.stack([padded(s["label"], IGNORE_INDEX) for s in samples])
-    return batch
+def _nearest(start: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:  # (B, 1)
+    "The image's pixel at the centre of each pixel of the result, (B, size)."
+    centre = torch.arange(size) + .5
+    return start + (centre * length / size).floor().long()
 
 def _frames(images: torch.Tensor, frames: torch.Tensor | None) -> torch.Tensor:  # (B, 2)
     "Height and width of each image; those of the tensor where nothing is padded."
     if frames is not None: return frames
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
+
+# %% ../nbs/01b_views.ipynb #842be031
+def collate(samples: list[dict],  # of `SegmentationDataset`
+           ) -> dict:  # image (B, 3, H, W), frame (B, 2), index (B,), label (B, H, W) if any
+    "A batch; smaller images are padded at the right and below, and `frame` is the size of each."
+    frames = torch.tensor([s["image"].shape[-2:] for s in samples])  # (B, 2)
+    index = torch.tensor([s["index"] for s in samples])
+    H, W = frames.amax(0).tolist()
+    room = [(0, W - w, 0, H - h) for h, w in frames.tolist()]
+    def padded(kind, value):
+        return torch.stack([F.pad(s[kind], r, value=value) for s, r in zip(samples, room)])
+    batch = {"image": padded("image", 0), "frame": frames, "index": index}
+    if "label" in samples[0]: batch["label"] = padded("label", IGNORE_INDEX)
+    return batch
 
 # %% ../nbs/01b_views.ipynb #9be90e20
 def _uniform(rng: torch.Generator, low: float, high: float) -> float:
@@ -150,9 +175,11 @@ def random_box(rng: torch.Generator,
               ) -> tuple[int, int, int, int]:  # top, left, height, width
     "A box at a random place inside the frame or, along a side where it is longer, around it."
     def start(pixels, side):
-        room = side - pixels                                              # negative: it overhangs
-        return int(torch.randint(min(0, room), max(0, room) + 1, (), generator=rng))
-    return start(height, frame[0]), start(width, frame[1]), height, width
+        room = side - pixels  # negative: it overhangs
+        least, most = min(0, room), max(0, room)
+        return int(torch.randint(least, most + 1, (), generator=rng))
+    top, left = start(height, frame[0]), start(width, frame[1])
+    return top, left, height, width
 
 # %% ../nbs/01b_views.ipynb #576bc932
 def _blend(images: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -175,7 +202,7 @@ def _adjust_saturation(images, factor, area):
 
 def _adjust_hue(images, turns, area):
     "Turn every colour on the colour circle; brightness and saturation stay."
-    hue, saturation, value = _rgb_to_hsv(images).unbind(1)                # (N, h, w)
+    hue, saturation, value = _rgb_to_hsv(images).unbind(1)  # (N, h, w)
     hue = (hue + turns[:, 0].to(images)).remainder(1)
     return _hsv_to_rgb(torch.stack([hue, saturation, value], 1))
 
@@ -200,85 +227,98 @@ def color_jitter(images: torch.Tensor,   # (N, 3, h, w) in [0, 1], black where p
                  area: torch.Tensor | None = None,  # pixels of each image, without padding, (N,)
                 ) -> torch.Tensor:
     "Change brightness, contrast, saturation and hue of each image, in its own order."
-    images, order = images.clone(), amounts[:, 4:].long()                 # (N, 4)
+    images, device = images.clone(), images.device
+    amounts, order = amounts[:, :4], amounts[:, 4:].long()  # (N, 4) each
     if area is None: area = torch.full((len(images),), images[0, 0].numel())
-    amounts = amounts[:, :4, None, None, None]                            # (N, 4, 1, 1, 1)
-    area = area[:, None, None, None]                                      # (N, 1, 1, 1)
     for turn in range(4):
         for kind, adjust in enumerate(_ADJUST):
-            which = (order[:, turn] == kind).nonzero()[:, 0]              # whose turn it is
+            which = (order[:, turn] == kind).nonzero()[:, 0]  # whose turn it is
             if not len(which): continue
-            amount, size = (x.to(images.device) for x in (amounts[which, kind], area[which]))
-            which = which.to(images.device)
+            amount = amounts[which, kind].view(-1, 1, 1, 1).to(device)
+            size = area[which].view(-1, 1, 1, 1).to(device)
+            which = which.to(device)
             images[which] = adjust(images[which], amount, size)
     return images
 
 # %% ../nbs/01b_views.ipynb #31fac35f
-def source_views(images: torch.Tensor,         # uint8 (B, 3, H, W)
+def source_views(images: torch.Tensor,  # uint8 (B, 3, H, W)
                  labels: torch.Tensor | None,  # train ids (B, H, W); None for target images
                  generators: list[torch.Generator],  # one for each image
-                 size,                         # (h, w) of the result
-                 scale=(.5, 1.),               # range of the image's random scale
-                 jitter: float = 0.,           # strength of the colour jitter of every second image
-                 fill=IMAGENET_MEAN,           # colour outside: the mean that will be subtracted
+                 size,  # (h, w) of the result
+                 scale=(.5, 1.),  # range of the image's random scale
+                 jitter: float = 0.,  # strength of the colour jitter of every second image
+                 fill=IMAGENET_MEAN,  # colour outside: the mean that will be subtracted
                  frames: torch.Tensor | None = None,  # (B, 2): sizes without padding
-                 resize=crop_and_resize,       # or its twin in 08a_fast
+                 resize=crop_and_resize,  # or its twin in 08a_fast
                 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B, 3, h, w) in [0, 1], (B, h, w)
     "A random crop of each randomly scaled image, flipped at random."
     frames = _frames(images, frames)
     draws = [_draw_source_view(rng, frame, size, scale, jitter)
              for rng, frame in zip(generators, frames.tolist())]
     boxes, flips, amounts = zip(*draws)
-    boxes, flips = torch.tensor(boxes), torch.tensor(flips)               # (B, 4), (B,)
+    boxes, flips = torch.tensor(boxes), torch.tensor(flips)  # (B, 4), (B,)
     images = images.float() / 255
-    if some := [i for i, a in enumerate(amounts) if a is not None]:
-        chosen = torch.stack([amounts[i] for i in some])
-        images[some] = color_jitter(images[some], chosen, frames[some].prod(1))
+    some = [i for i, amount in enumerate(amounts) if amount is not None]
+    if some:
+        chosen = torch.stack([amounts[i] for i in some])  # (n, 8)
+        area = frames[some].prod(1)
+        images[some] = color_jitter(images[some], chosen, area)
     images = resize(images, boxes, size, flips, fill, frames).clamp(0, 1)
-    return images, None if labels is None else crop_labels(labels, boxes, size, flips, frames)
+    if labels is not None: labels = crop_labels(labels, boxes, size, flips, frames)
+    return images, labels
 
 def _draw_source_view(rng: torch.Generator, frame, size, scale, jitter: float):
     "What is random about one source view: its box, whether it is mirrored, amounts of the jitter."
     s = _uniform(rng, *scale)
-    box = random_box(rng, round(size[0] / s), round(size[1] / s), frame)
-    flip, jittered = _chance(rng, .5), bool(jitter) & _chance(rng, .5)
-    strengths = jitter, jitter, jitter, min(jitter, .5)
-    return box, flip, draw_jitter(rng, *strengths) if jittered else None
+    height, width = (round(n / s) for n in size)
+    box = random_box(rng, height, width, frame)
+    flip = _chance(rng, .5)
+    jittered = _chance(rng, .5)
+    if not (jitter and jittered): return box, flip, None
+    hue = min(jitter, .5)
+    return box, flip, draw_jitter(rng, jitter, jitter, jitter, hue)
 
 # %% ../nbs/01b_views.ipynb #8a8f4527
 def target_views(images: torch.Tensor,    # uint8 (B, 3, H, W)
                  generators: list[torch.Generator],  # one for each image
-                 size,                    # (h, w) of the canvas and of every view
-                 num_crops: int = 3,      # N
-                 scale=(.5, 1.),          # range of the crops' size, as a share of the canvas
+                 size,  # (h, w) of the canvas and of every view
+                 num_crops: int = 3,  # N
+                 scale=(.5, 1.),  # range of the crops' size, as a share of the canvas
                  joint_scale=(1., 1.1),   # range of the zoom of the canvas into the image
                  frames: torch.Tensor | None = None,  # (B, 2): sizes without padding
                  resize=crop_and_resize,  # or its twin in 08a_fast
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The groups of images (section 3.2): the canvas and random crops of it, each flipped at random.
+    """The groups of images (section 3.2): the canvas and random crops, each flipped at random.
 
     Views (B, T, 3, h, w) in [0, 1], their boxes, int64 (B, T, 4), and flips, bool (B, T)."""
     frames = _frames(images, frames)
     draws = [_draw_group(rng, frame, size, num_crops, scale, joint_scale)
              for rng, frame in zip(generators, frames.tolist())]
     zooms, mirrored, boxes, flips = zip(*draws)
-    zooms, mirrored = torch.tensor(zooms), torch.tensor(mirrored)         # (B, 4), (B,)
-    boxes, flips = torch.tensor(boxes), torch.stack(flips)                # (B, T, 4), (B, T)
-    canvas = resize(images.float() / 255, zooms, size, mirrored, frames=frames).clamp(0, 1)
-    canvas = canvas[:, None].expand(-1, num_crops + 1, -1, -1, -1)        # (B, T, 3, h, w)
-    return resize(canvas, boxes, size, flips), boxes, flips
+    zooms, mirrored = torch.tensor(zooms), torch.tensor(mirrored)  # (B, 4), (B,)
+    boxes, flips = torch.tensor(boxes), torch.stack(flips)  # (B, T, 4), (B, T)
+    images, T = images.float() / 255, num_crops + 1
+    canvas = resize(images, zooms, size, mirrored, frames=frames).clamp(0, 1)
+    canvas = canvas[:, None].expand(-1, T, -1, -1, -1)  # (B, T, 3, h, w)
+    views = resize(canvas, boxes, size, flips)
+    return views, boxes, flips
 
 def _draw_group(rng: torch.Generator, frame, size, num_crops: int, scale, joint_scale):
     "What is random about one group: the canvas's part of the image, its mirroring, boxes, flips."
-    zoom = _random_part(rng, 1 / _uniform(rng, *joint_scale), frame)
+    share = 1 / _uniform(rng, *joint_scale)
+    zoom = _random_part(rng, share, frame)
     mirrored = _chance(rng, .5)
-    crops = [_random_part(rng, _uniform(rng, *scale), size) for _ in range(num_crops)]
+    boxes = [(0, 0, *size)]  # view 0
+    for _ in range(num_crops):
+        share = _uniform(rng, *scale)
+        boxes.append(_random_part(rng, share, size))
     flips = torch.rand(num_crops + 1, generator=rng) < .5
-    return zoom, mirrored, [(0, 0, *size), *crops], flips
+    return zoom, mirrored, boxes, flips
 
 def _random_part(rng: torch.Generator, share: float, frame) -> tuple[int, int, int, int]:
     "A random box with a share of a frame's height and width."
-    return random_box(rng, round(frame[0] * share), round(frame[1] * share), frame)
+    height, width = (round(n * share) for n in frame)
+    return random_box(rng, height, width, frame)
 
 # %% ../nbs/01b_views.ipynb #8543bcef
 def draw_sigma(rng: torch.Generator, smallest: float = .1, largest: float = 2.) -> torch.Tensor:
@@ -289,18 +329,22 @@ def gaussian_blur(images: torch.Tensor,  # (N, 3, h, w)
                   sigma: torch.Tensor,   # in pixels, (N, 1)
                  ) -> torch.Tensor:
     "Blur each image by its own Gaussian, cut off at three deviations; borders are mirrored."
-    radius = (3 * sigma).ceil()                                           # (N, 1)
-    R, (N, C, h, w) = int(radius.max()), images.shape
-    offset = torch.arange(-R, R + 1.)                                     # (2R + 1,)
-    exponent = -(offset / math.sqrt(2) / sigma.float()).square()          # (N, 2R + 1)
-    kernel = exponent.masked_fill(offset.abs() > radius, -torch.inf).softmax(1)
-    kernel = kernel[:, :, None] * kernel[:, None, :]                      # (N, 2R + 1, 2R + 1)
-    kernel = kernel.repeat_interleave(C, 0)[:, None].to(images)           # (N·C, 1, 2R + 1, 2R + 1)
-    x = F.pad(images.reshape(1, N * C, h, w), (R, R, R, R), mode="reflect")
-    return F.conv2d(x, kernel, groups=N * C).view(N, C, h, w)
+    N, C, h, w = images.shape
+    radius = (3 * sigma).ceil()  # (N, 1)
+    R = int(radius.max())
+    offset = torch.arange(-R, R + 1.)  # (K,), K = 2R + 1
+    exponent = -(offset / math.sqrt(2) / sigma.float()).square()  # (N, K)
+    exponent = exponent.masked_fill(offset.abs() > radius, -torch.inf)
+    kernel = exponent.softmax(1)
+    kernel = kernel[:, :, None] * kernel[:, None, :]  # (N, K, K)
+    kernel = kernel.repeat_interleave(C, 0)[:, None].to(images)  # (N·C, 1, K, K)
+    x = images.reshape(1, N * C, h, w)
+    x = F.pad(x, (R, R, R, R), mode="reflect")
+    x = F.conv2d(x, kernel, groups=N * C)
+    return x.view(N, C, h, w)
 
 def to_grey(images: torch.Tensor,  # (N, 3, h, w)
-            amounts=None,          # not needed
+            amounts=None,  # not needed
            ) -> torch.Tensor:
     "The same images without colour."
     return TF.rgb_to_grayscale(images, num_output_channels=3)
@@ -308,7 +352,7 @@ def to_grey(images: torch.Tensor,  # (N, 3, h, w)
 # %% ../nbs/01b_views.ipynb #a0aa03bf
 class Augmentation(NamedTuple):
     "Noise for the student's views: how often, how much, and what it does."
-    p: float         # probability
+    p: float  # probability
     draw: Callable   # generator -> amounts (K,)
     apply: Callable  # images (N, 3, h, w) in [0, 1], amounts (N, K) on the CPU -> images
 
@@ -319,19 +363,19 @@ NOISE = {  # what the student's views undergo, in this order (section 3.2)
 
 def photometric_noise(views: torch.Tensor,  # (N, 3, h, w) in [0, 1]
                       generators: list[torch.Generator],  # one for each view
-                      noise=NOISE,          # {name: Augmentation}
-                     ) -> torch.Tensor:     # (N, 3, h, w) in [0, 1]
+                      noise=NOISE,  # {name: Augmentation}
+                     ) -> torch.Tensor:  # (N, 3, h, w) in [0, 1]
     "What the student's views undergo and the teacher's do not (section 3.2)."
-    draws = [_draw_noise(rng, noise) for rng in generators]               # N rows of amounts
     views = views.clone()
-    for k, augmentation in enumerate(noise.values()):
-        which = [i for i, row in enumerate(draws) if row[k] is not None]
+    draws = [_draw_noise(rng, noise) for rng in generators]
+    for name, augmentation in noise.items():
+        which = [i for i, chosen in enumerate(draws) if name in chosen]
         if not which: continue
-        amounts = torch.stack([draws[i][k] for i in which])               # (n, K)
+        amounts = torch.stack([draws[i][name] for i in which])  # (n, K)
         views[which] = augmentation.apply(views[which], amounts)
     return views
 
-def _draw_noise(rng: torch.Generator, noise: dict) -> list:
-    "The amounts of each entry for one view; None where the coin says no."
-    chosen = [_chance(rng, a.p) for a in noise.values()]                  # all coins first
-    return [a.draw(rng) if yes else None for a, yes in zip(noise.values(), chosen)]
+def _draw_noise(rng: torch.Generator, noise: dict) -> dict[str, torch.Tensor]:
+    "The amounts for one view of those entries for which the coin says yes."
+    coins = {name: _chance(rng, a.p) for name, a in noise.items()}  # all coins first
+    return {name: noise[name].draw(rng) for name, yes in coins.items() if yes}
