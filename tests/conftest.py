@@ -17,6 +17,9 @@ QUICK = {  # files of the quick part
     "test_core", "test_fusion", "test_loss_and_sampling", "test_pages", "test_step",
     "test_thresholds", "test_views"}
 NOT_QUICK = "slow", "trains"
+LONG = [  # files that take longest begin first, so that both workers end together
+    "test_resume", "test_notebooks", "test_train", "test_step", "test_experiments", "test_site",
+    "test_presets", "test_switches", "test_processes", "test_speed"]
 
 
 def pytest_addoption(parser):
@@ -30,6 +33,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    place = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))   # a stable sort
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         if item.path.stem in QUICK and not marks & set(NOT_QUICK): item.add_marker("quick")

@@ -226,13 +226,13 @@ def test_numbers_do_not_change_between_versions():
 # ---------------------------------------------------------------- what every command does
 
 def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("twice = 2\nraise_it = 1")
-    (tmp_path / "broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "entries_of_core.py").write_text("twice = 2\nraise_it = 1")
+    (tmp_path / "broken_entries.py").write_text("import no_such_module_at_all")
     monkeypatch.chdir(tmp_path)
     table = {"one": 1}
-    assert lookup(table, "one", "pool") == 1 and lookup(table, "mine:twice", "pool") == 2
-    for name, words in (("two", "no such entry"), ("mine:thrice", "AttributeError"),
-                        ("nowhere:x", "ModuleNotFoundError"), ("broken:x", "no_such_module"),
+    assert lookup(table, "one", "pool") == 1 and lookup(table, "entries_of_core:twice", "pool") == 2
+    for name, words in (("two", "no such entry"), ("entries_of_core:thrice", "AttributeError"),
+                        ("nowhere:x", "ModuleNotFoundError"), ("broken_entries:x", "no_such_module"),
                         (":", "cannot be imported")):
         with pytest.raises(UserError, match=words) as error: lookup(table, name, "pool")
         assert str(error.value).startswith(f"--pool {name}:") and "\n" not in str(error.value)

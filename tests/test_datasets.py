@@ -215,7 +215,7 @@ def test_layouts_by_import(tmp_path, monkeypatch):
     assert open_dataset("yard_layout:YARD", ".")[0]["label"].unique().tolist() == [0]
     assert "cannot be imported" in message(open_dataset, "yard_layout:YARDS", ".")
     assert "of type float" in message(open_dataset, "math:pi", ".")
-    assert "choose one of gta5, synthia" in message(open_dataset, "gta6", ".")
+    assert "did you mean gta5? There are gta5, synthia" in message(open_dataset, "gta6", ".")
     done = subprocess.run([sys.executable, "-m", "sac_lit.audit", "yard_layout:YARD", "."],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 defects"

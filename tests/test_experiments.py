@@ -106,14 +106,14 @@ def test_unknown_study(capsys):
 
 
 def test_a_study_of_ones_own(small, capsys):
-    Path("mine.py").write_text(
+    Path("my_study.py").write_text(
         "from sac_lit.experiments import STUDIES, Study\n"
         "STUDY = Study({'SAC': '', 'other beta': '--sac.loss.beta 1e-3'},\n"
         "              STUDIES['ablation'].base)\n"
         "NUMBER = 3\n")
-    experiments.main(["mine:STUDY", "--seeds", "0", "--out", "mine.json"])
+    experiments.main(["my_study:STUDY", "--seeds", "0", "--out", "mine.json"])
     assert len(json.loads(Path("mine.json").read_text())["rows"]) == 2
-    assert "mine:NUMBER: is no Study" in refused(["mine:NUMBER"], capsys)
+    assert "my_study:NUMBER: is no Study" in refused(["my_study:NUMBER"], capsys)
 
 
 def test_a_study_gives_what_a_run_of_its_own_gives(small):
