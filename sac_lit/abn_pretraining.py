@@ -6,11 +6,11 @@
 __all__ = ['pixel_loss', 'cross_entropy', 'abn_step', 'SharedBatchNorm2d', 'share_statistics', 'freeze_bn']
 
 # %% ../nbs/03_abn_pretraining.ipynb #dd5aabc2
-from torch.autograd.function import once_differentiable
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .core import IGNORE_INDEX
 from .deeplabv2 import upsample

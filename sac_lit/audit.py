@@ -6,25 +6,32 @@
 __all__ = ['Finding', 'look_at', 'Report', 'audit', 'main', 'CachedDataset', 'dataset_fingerprint', 'cached']
 
 # %% ../nbs/01a_audit.ipynb #63d7c9db
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
 import argparse
 import hashlib
 import math
 import os
 import sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
 
-from filelock import FileLock
 import numpy as np
 import torch
+from filelock import FileLock
 
-from .core import (
-    IGNORE_INDEX, NAMES, UserError, clean_exit, progress, written_aside)
-from .datasets import (
-    LAYOUTS, FileError, Layout, SegmentationDataset, find_layout, open_dataset, open_rgb, spans)
+from .core import clean_exit, IGNORE_INDEX, NAMES, progress, UserError, written_aside
+from sac_lit.datasets import (
+    FileError,
+    find_layout,
+    Layout,
+    LAYOUTS,
+    open_dataset,
+    open_rgb,
+    SegmentationDataset,
+    spans,
+)
 
 # %% ../nbs/01a_audit.ipynb #1b50f6c8
 class Finding(NamedTuple):

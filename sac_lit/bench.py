@@ -8,11 +8,6 @@ __all__ = ['Settings', 'Workload', 'Stopwatch', 'watching', 'matrix_rate', 'oper
            'trick_table', 'main']
 
 # %% ../nbs/12_performance.ipynb #2b6365be
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from pathlib import Path
-from typing import Annotated, Literal
 import json
 import os
 import platform
@@ -24,33 +19,59 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Literal
 
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
 import tyro
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (
-    CLASSES, ConfusionMatrix, UserError, clean_exit, generator, progress, written_aside)
-from .toy_city import render
-from .datasets import open_dataset, open_rgb
-from .audit import cached
-from .views import (
-    crop_and_resize, normalize, photometric_noise, source_views, target_views)
-from .deeplabv2 import ARCHS, ASPP, build_model, param_groups, predicted_classes
 from .abn_pretraining import abn_step, cross_entropy, freeze_bn
+from .audit import cached
+from sac_lit.core import (
+    CLASSES,
+    clean_exit,
+    ConfusionMatrix,
+    generator,
+    progress,
+    UserError,
+    written_aside,
+)
 from .crop_fusion import crop_theta
+from .datasets import open_dataset, open_rgb
+from .deeplabv2 import ARCHS, ASPP, build_model, param_groups, predicted_classes
+from sac_lit.ema_training import (
+    forward_backward,
+    MomentumNetwork,
+    PLAIN,
+    pseudo_supervision,
+    sac_step,
+    Views,
+)
+from sac_lit.fast import (
+    checkpoint_gradients,
+    FAST,
+    fast_crop_and_resize,
+    fast_cross_entropy,
+    fast_predicted_classes,
+    fast_pseudo_supervision,
+    fold_bn,
+    heads_by_taps,
+    micro_batched,
+    speed_up,
+)
 from .moving_threshold import ClassPrior
-from .ema_training import (
-    MomentumNetwork, PLAIN, Views, forward_backward, pseudo_supervision, sac_step)
-from .fast import (
-    FAST, checkpoint_gradients, fast_crop_and_resize, fast_cross_entropy, fast_predicted_classes,
-    fast_pseudo_supervision, fold_bn, heads_by_taps, micro_batched, speed_up)
 from .predict import predict
+from .toy_city import render
+from .views import crop_and_resize, normalize, photometric_noise, source_views, target_views
 
 # %% ../nbs/12_performance.ipynb #110c6583
 @dataclass(frozen=True)

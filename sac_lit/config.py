@@ -8,27 +8,26 @@ __all__ = ['STAGES', 'CHOICES', 'TOY_DATA', 'TOY', 'TOY_LONG', 'PRESETS', 'MAY_C
            'differences', 'class_names', 'absent_classes', 'load_config', 'check_same']
 
 # %% ../nbs/08b_config.ipynb #5f6679e4
+import dataclasses
+import json
+import typing
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple
-import dataclasses
-import json
-import typing
 
-from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 import torch
 import torch.nn as nn
 import tyro
+from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 
-from .core import NAMES, UserError, lookup, subset
-from .datasets import LAYOUTS, Layout, find_layout, read_classes
-from .views import (
-    Augmentation, IMAGENET_MEAN, IMAGENET_STD, NOISE, matching_statistics)
-from .deeplabv2 import ARCHS
+from .core import lookup, NAMES, subset, UserError
 from .crop_fusion import POOLS
-from .focal_loss import CONFIDENCES
+from .datasets import find_layout, Layout, LAYOUTS, read_classes
+from .deeplabv2 import ARCHS
 from .ema_training import SelfSupervision
+from .focal_loss import CONFIDENCES
+from .views import Augmentation, IMAGENET_MEAN, IMAGENET_STD, matching_statistics, NOISE
 
 # %% ../nbs/08b_config.ipynb #5c3999d4
 @dataclass(frozen=True)

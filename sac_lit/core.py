@@ -9,11 +9,6 @@ __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'sub
            'optional', 'ahead', 'watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
 import difflib
 import hashlib
 import importlib
@@ -23,14 +18,19 @@ import operator
 import os
 import shutil
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple
 
-from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
-from matplotlib.patches import Patch
-from safetensors import SafetensorError
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
+from matplotlib.patches import Patch
+from safetensors import SafetensorError
 
 # %% ../nbs/00_core.ipynb #0d03daba
 IGNORE_INDEX = 255  # label of a pixel that has no class

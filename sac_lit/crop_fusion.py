@@ -10,7 +10,7 @@ __all__ = ['POOLS', 'crop_theta', 'invert_theta', 'warp', 'divide', 'mean_pool',
 import torch
 import torch.nn.functional as F
 
-from .core import UserError, lookup
+from .core import lookup, UserError
 
 # %% ../nbs/04_crop_fusion.ipynb #d2042743
 def crop_theta(top,     # of the box, in pixels of the canvas: numbers, or tensors (...)

@@ -7,16 +7,16 @@ __all__ = ['LAYOUTS', 'SUFFIXES', 'Layout', 'find_layout', 'FileError', 'open_im
            'SegmentationDataset', 'spans', 'read_classes', 'open_dataset', 'released_gta5_frames', 'main']
 
 # %% ../nbs/01_datasets.ipynb #63d7c9db
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Iterator, NamedTuple
-import re
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .core import CLASSES, IGNORE_INDEX, NAMES, UserError, lookup
+from .core import CLASSES, IGNORE_INDEX, lookup, NAMES, UserError
 
 # %% ../nbs/01_datasets.ipynb #44a0d1d0
 class Layout(NamedTuple):

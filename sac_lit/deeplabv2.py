@@ -7,25 +7,25 @@ __all__ = ['ARCHS', 'ASPP', 'dilate', 'DeepLabResNet101', 'DeepLabVGG16', 'upsam
            'DeepLabTiny', 'SegmentationModel', 'mismatch', 'load_imagenet', 'build_model', 'param_groups']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
-from collections import OrderedDict
-from contextlib import redirect_stdout
-from pathlib import Path
 import io
 import math
 import re
+from collections import OrderedDict
+from contextlib import redirect_stdout
+from pathlib import Path
 
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torchvision.models import ResNet101_Weights, VGG16_BN_Weights, resnet101
+from torchvision.models import resnet101, ResNet101_Weights, VGG16_BN_Weights
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
-from .core import NAMES, UserError, lookup
+from .core import lookup, NAMES, UserError
 
 # %% ../nbs/02_deeplabv2.ipynb #61f928ae
 class ASPP(nn.Module):

@@ -6,19 +6,19 @@
 __all__ = ['SHORT_TOY', 'STUDIES', 'Study', 'variant', 'trained', 'scores', 'run_study', 'paired', 'summary', 'main']
 
 # %% ../nbs/11_experiments.ipynb #4adfa6ae
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, NamedTuple
 import json
 import re
 import shlex
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import pandas as pd
 import tyro
 
-from .core import UserError, clean_exit, lookup, written_aside
-from .config import Config, DataConfig, STAGES, TOY, check_same, load_config
+from .config import check_same, Config, DataConfig, load_config, STAGES, TOY
+from .core import clean_exit, lookup, UserError, written_aside
 from .runs import Run
 from .train import train
 

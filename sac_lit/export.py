@@ -6,18 +6,18 @@
 __all__ = ['FORMATS', 'export', 'Export']
 
 # %% ../nbs/10a_export.ipynb #0b0529a0
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Callable
-import json
 
 import torch
 import tyro
 
-from .core import UserError, generator, optional, written_aside
-from .views import IMAGENET_MEAN, IMAGENET_STD
+from .core import generator, optional, UserError, written_aside
 from .deeplabv2 import SegmentationModel
 from .predict import NetworkOptions
+from .views import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../nbs/10a_export.ipynb #2f5aecd0
 def _facts(model: SegmentationModel) -> str:

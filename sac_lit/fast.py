@@ -8,25 +8,25 @@ __all__ = ['FAST', 'fast_crop_and_resize', 'FoldedConv2d', 'FoldedBatchNorm2d', 
            'fast_pseudo_supervision', 'micro_batched', 'checkpoint_gradients']
 
 # %% ../nbs/08a_fast.ipynb #0b7e0294
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Iterator, NamedTuple
-import math
 
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .core import IGNORE_INDEX
-from .views import _check_boxes
-from .deeplabv2 import ASPP, upsample
 from .crop_fusion import fuse
+from .deeplabv2 import ASPP, upsample
+from .ema_training import forward_backward, MomentumNetwork, PLAIN, SelfSupervision, Views
 from .moving_threshold import ClassPrior, keep_confident
-from .ema_training import MomentumNetwork, PLAIN, SelfSupervision, Views, forward_backward
+from .views import _check_boxes
 
 # %% ../nbs/08a_fast.ipynb #f200abdd
 def _taps(start, length, size: int, pixels: int, frame) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,8 @@ __all__ = ['CONFIDENCES', 'focal_loss', 'pixel_confidence', 'batch_confidence', 
 # %% ../nbs/06_focal_loss.ipynb #f9115674
 import torch
 
-from .core import IGNORE_INDEX
 from .abn_pretraining import cross_entropy
+from .core import IGNORE_INDEX
 
 # %% ../nbs/06_focal_loss.ipynb #3f5353e7
 def focal_loss(logits: torch.Tensor,      # segmentation network, (B, C, h, w), at its own stride

@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 
-from .core import IGNORE_INDEX, UserError, generator
+from .core import generator, IGNORE_INDEX, UserError
 
 # %% ../nbs/07_importance_sampling.ipynb #494c98ec
 def class_frequency(probs_or_labels: torch.Tensor,  # softmax (C, H, W) or (B, C, H, W), or integers

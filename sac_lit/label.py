@@ -7,27 +7,42 @@ __all__ = ['VIDEO_SUFFIXES', 'id_values', 'overlay', 'label_images', 'read_video
            'submission', 'Label', 'Submit']
 
 # %% ../nbs/10b_label.ipynb #d8932f9e
+import json
+import os
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Callable, Iterator, Literal
-import json
-import os
-import zipfile
 
-from PIL import Image
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 
-from .core import (
-    CLASSES, NAMES, UserError, ahead, colorize, colors_of, optional, progress, written_aside)
-from .datasets import (
-    FileError, SUFFIXES, SegmentationDataset, open_dataset, open_image, open_rgb)
-from .deeplabv2 import SegmentationModel
 from .config import differences
-from .predict import PredictOptions, predict
+from sac_lit.core import (
+    ahead,
+    CLASSES,
+    colorize,
+    colors_of,
+    NAMES,
+    optional,
+    progress,
+    UserError,
+    written_aside,
+)
+from sac_lit.datasets import (
+    FileError,
+    open_dataset,
+    open_image,
+    open_rgb,
+    SegmentationDataset,
+    SUFFIXES,
+)
+from .deeplabv2 import SegmentationModel
+from .predict import predict, PredictOptions
 
 # %% ../nbs/10b_label.ipynb #253e7de7
 def id_values(ids: str,  # "train": the number among the network's classes, or "cityscapes"

@@ -7,12 +7,12 @@ __all__ = ['SUBCOMMANDS', 'load_network', 'view_logits', 'score_strips', 'predic
            'score_table', 'confusion_heatmap', 'NetworkOptions', 'PredictOptions', 'Evaluate', 'main']
 
 # %% ../nbs/10_predict.ipynb #0b0529a0
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Iterator, Literal
 from zlib import crc32
-import json
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -20,14 +20,25 @@ import torch
 import torchvision.transforms.v2.functional as TF
 import tyro
 
-from .core import (
-    ConfusionMatrix, NAMES, UserError, ahead, clean_exit, evaluate, fingerprint, lookup, progress,
-    subset_means, use_style, written_aside)
-from .datasets import LAYOUTS, SegmentationDataset, find_layout, open_dataset
-from .views import normalize
+from sac_lit.core import (
+    ahead,
+    clean_exit,
+    ConfusionMatrix,
+    evaluate,
+    fingerprint,
+    lookup,
+    NAMES,
+    progress,
+    subset_means,
+    use_style,
+    UserError,
+    written_aside,
+)
+from .datasets import find_layout, LAYOUTS, open_dataset, SegmentationDataset
 from .deeplabv2 import SegmentationModel, upsample
-from .weights import load_snapshot
 from .fast import fast_argmax, row_strips, speed_up
+from .views import normalize
+from .weights import load_snapshot
 
 # %% ../nbs/10_predict.ipynb #766f57d8
 def load_network(path: str | Path,  # folder of a network, a released .pth, or a name on the Hub

@@ -7,26 +7,26 @@ __all__ = ['results', 'means_of', 'result_table', 'table_text', 'save_figure', '
            'figure_of_examples', 'figure_of_views', 'write_report', 'redraw_report', 'main']
 
 # %% ../nbs/08d_report.ipynb #d5798adc
-from dataclasses import asdict, replace
-from pathlib import Path
 import base64
 import copy
 import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from jinja2 import Environment
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import tyro
+from jinja2 import Environment
 
+from .config import class_names, Config, load_config, STAGES, SUBSETS
 from .core import class_bars, class_legend, clean_exit, show, use_style, written_aside
-from .views import IMAGENET_MEAN, IMAGENET_STD, normalize
 from .deeplabv2 import predicted_classes
+from .ema_training import MomentumNetwork, pseudo_supervision, Views
 from .moving_threshold import ClassPrior
-from .ema_training import MomentumNetwork, Views, pseudo_supervision
-from .config import Config, STAGES, SUBSETS, class_names, load_config
-from .runs import Run, load_stage
+from .runs import load_stage, Run
+from .views import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 # %% ../nbs/08d_report.ipynb #e5f31cf6
 def results(run: Run) -> dict[str, dict]:  # {title: the line of the log}

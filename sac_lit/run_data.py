@@ -9,24 +9,29 @@ __all__ = ['open_data', 'target_data', 'Recipe', 'source_batch', 'target_batch',
 # %% ../nbs/08e_run_data.ipynb #639ddb7b
 from typing import Iterator, NamedTuple
 
-from torch.utils.data import DataLoader, Subset
 import torch
 import torch.nn as nn
+from torch.utils.data import DataLoader, Subset
 
-from .core import ConfusionMatrix, Stopped, UserError, evaluate, generator, written_aside
-from .toy_city import write_dataset
-from .datasets import (
-    SegmentationDataset, find_layout, open_dataset, released_gta5_frames)
 from .audit import cached
-from sac_lit.views import (
-    IMAGENET_MEAN, IMAGENET_STD, collate, normalize, photometric_noise, source_views,
-    target_views)
+from .config import DataConfig
+from .core import ConfusionMatrix, evaluate, generator, Stopped, UserError, written_aside
 from .crop_fusion import crop_theta
+from .datasets import find_layout, open_dataset, released_gta5_frames, SegmentationDataset
 from .ema_training import Views
 from .fast import fast_predicted_classes
-from .config import DataConfig
-from .runs import Run, Share, postpone_sigterm
 from .report import means_of
+from .runs import postpone_sigterm, Run, Share
+from .toy_city import write_dataset
+from sac_lit.views import (
+    collate,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalize,
+    photometric_noise,
+    source_views,
+    target_views,
+)
 
 # %% ../nbs/08e_run_data.ipynb #b220d144
 def open_data(run: Run) -> dict[str, SegmentationDataset | None]:

@@ -8,13 +8,6 @@ __all__ = ['Share', 'share_out', 'Processes', 'StopSignal', 'Log', 'Run', 'start
            'checkpoints', 'save_checkpoint', 'load_checkpoint', 'run_stage']
 
 # %% ../nbs/08c_runs.ipynb #5f6679e4
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
 import json
 import os
 import re
@@ -23,24 +16,30 @@ import signal
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
+from accelerate.utils import gather_object, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader
 
-from .core import (
-    Stopped, UserError, flush, lookup, progress, remove, watched, written_aside)
+from .config import check_config, check_same, Config, differences, settings, STAGES
+from .core import flush, lookup, progress, remove, Stopped, UserError, watched, written_aside
 from .datasets import SegmentationDataset
-from .views import NOISE, collate, crop_and_resize, draw_sigma
 from .deeplabv2 import SegmentationModel
-from .importance_sampling import StepSampler, epoch_index
 from .ema_training import Execution, PLAIN
 from .fast import FAST, fast_crop_and_resize, fast_pseudo_supervision, micro_batched
-from .config import Config, STAGES, check_config, check_same, differences, settings
+from .importance_sampling import epoch_index, StepSampler
+from .views import collate, crop_and_resize, draw_sigma, NOISE
 
 # %% ../nbs/08c_runs.ipynb #2c8f615b
 class Share(NamedTuple):

@@ -13,10 +13,6 @@ __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'WALL', 'FENCE', 'POLE', 'LIGHT', 'SI
            'render', 'write_png16', 'ids_on_disk', 'write_dataset', 'main']
 
 # %% ../nbs/00a_toy_city.ipynb #26e755e8
-from functools import lru_cache
-from math import cos, hypot, pi, sin
-from pathlib import Path
-from typing import NamedTuple
 import argparse
 import io
 import json
@@ -24,13 +20,16 @@ import random
 import struct
 import tempfile
 import zlib
+from functools import lru_cache
+from math import cos, hypot, pi, sin
+from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFilter
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFilter
 
-from .core import (
-    CLASSES, IGNORE_INDEX, UserError, clean_exit, progress, seed_of)
+from .core import CLASSES, clean_exit, IGNORE_INDEX, progress, seed_of, UserError
 
 # %% ../nbs/00a_toy_city.ipynb #31513cb8
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION,  # train ids by name

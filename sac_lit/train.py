@@ -7,41 +7,72 @@ __all__ = ['build_optimizer', 'lr_factor', 'set_lr', 'prepare', 'seed_dropout', 
            'target_frequencies', 'sac_steps', 'warnings_in', 'watch', 'train_sac', 'check_shares', 'train', 'main']
 
 # %% ../nbs/09_train.ipynb #d5798adc
+import json
+import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Iterator
-import json
-import sys
 
-from safetensors.torch import load_file, save_file
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from safetensors.torch import load_file, save_file
 
-from .core import (
-    UserError, clean_exit, generator, lookup, remove, seed_of, use_style, written_aside)
-from .datasets import SegmentationDataset
-from .views import normalize
-from .deeplabv2 import SegmentationModel, build_model, param_groups, upsample
-from .weights import load_snapshot
+from . import report
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
-from .moving_threshold import ClassPrior, thresholds
-from .importance_sampling import class_frequency, draw, sampling_weights
+from .config import ABNConfig, absent_classes, Config, PRESETS, SACConfig, STAGES
+from sac_lit.core import (
+    clean_exit,
+    generator,
+    lookup,
+    remove,
+    seed_of,
+    use_style,
+    UserError,
+    written_aside,
+)
+from .datasets import SegmentationDataset
+from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
 from .ema_training import MomentumNetwork, sac_step
 from .fast import checkpoint_gradients, speed_up
-from .config import ABNConfig, Config, PRESETS, SACConfig, STAGES, absent_classes
-from .runs import (
-    Run, batches, epoch_order, load_stage, lock_folder, names_of, nonfinite_error, open_run,
-    run_stage, share_out, start_accelerator)
-from .report import (
-    figure_of_examples, figure_of_views, result_table, results, table_text, write_report)
+from .importance_sampling import class_frequency, draw, sampling_weights
+from .moving_threshold import ClassPrior, thresholds
+from sac_lit.report import (
+    figure_of_examples,
+    figure_of_views,
+    result_table,
+    results,
+    table_text,
+    write_report,
+)
 from sac_lit.run_data import (
-    Recipe, example_views, log_evaluations, open_data, shared_samples, source_batch, target_batch,
-    target_data)
-from . import report
+    example_views,
+    log_evaluations,
+    open_data,
+    Recipe,
+    shared_samples,
+    source_batch,
+    target_batch,
+    target_data,
+)
+from sac_lit.runs import (
+    batches,
+    epoch_order,
+    load_stage,
+    lock_folder,
+    names_of,
+    nonfinite_error,
+    open_run,
+    Run,
+    run_stage,
+    share_out,
+    start_accelerator,
+)
+from .views import normalize
+from .weights import load_snapshot
 
 # %% ../nbs/09_train.ipynb #68fdbaac
 def build_optimizer(model: nn.Module, c: ABNConfig | SACConfig) -> torch.optim.Optimizer:

@@ -8,13 +8,13 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'COLOR_STATISTICS', 'NOISE', 'normal
            'target_views', 'draw_sigma', 'gaussian_blur', 'to_grey', 'Augmentation', 'photometric_noise']
 
 # %% ../nbs/01b_views.ipynb #63d7c9db
-from typing import Callable, NamedTuple
 import math
+from typing import Callable, NamedTuple
 
-from torchvision.transforms.v2.functional._color import _hsv_to_rgb, _rgb_to_hsv
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from torchvision.transforms.v2.functional._color import _hsv_to_rgb, _rgb_to_hsv
 
 from .core import IGNORE_INDEX
 

@@ -6,15 +6,15 @@
 __all__ = ['read_snapshot', 'recognise', 'load_snapshot', 'save_snapshot']
 
 # %% ../nbs/02a_weights.ipynb #0b7e0294
+import re
 from pathlib import Path
 from pickle import UnpicklingError
-import re
 
-from torch.serialization import safe_globals
 import torch
+from torch.serialization import safe_globals
 
 from .core import UserError, written_aside
-from .deeplabv2 import ARCHS, SegmentationModel, mismatch
+from .deeplabv2 import ARCHS, mismatch, SegmentationModel
 
 # %% ../nbs/02a_weights.ipynb #c5ff524f
 def read_snapshot(path: Path) -> dict[str, torch.Tensor]:

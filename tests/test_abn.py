@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_networks import noise, same, tiny
 
-from sac_lit.abn_pretraining import (
-    abn_step, cross_entropy, freeze_bn, pixel_loss, share_statistics)
-from sac_lit.core import IGNORE_INDEX, generator
+from sac_lit.abn_pretraining import abn_step, cross_entropy, freeze_bn, pixel_loss, share_statistics
+from sac_lit.core import generator, IGNORE_INDEX
 from sac_lit.deeplabv2 import param_groups
 
 quick = settings(deadline=None, derandomize=True, max_examples=10)

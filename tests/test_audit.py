@@ -10,15 +10,28 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_datasets import (  # fixtures among them
-    PUBLIC, SIZE, city, cityscapes, folder, gta, gta5, message, own, pytestmark, read, save)
+    city,
+    cityscapes,
+    folder,
+    gta,
+    gta5,
+    message,
+    own,
+    PUBLIC,
+    pytestmark,
+    read,
+    save,
+    SIZE,
+)
 
 from sac_lit import audit as module
 from sac_lit.audit import _in_parallel, cached, main
 from sac_lit.core import IGNORE_INDEX, NAMES, UserError
-from sac_lit.datasets import LAYOUTS, Layout, SegmentationDataset
+from sac_lit.datasets import Layout, LAYOUTS, SegmentationDataset
 from sac_lit.datasets import main as datasets_main
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)

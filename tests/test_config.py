@@ -10,12 +10,24 @@ import typing
 from dataclasses import replace
 
 import pytest
-from house import LIB, NBS, cells
+from house import cells, LIB, NBS
 
 from sac_lit import config
 from sac_lit.config import (
-    CHOICES, MAY_CHANGE, PRESETS, STAGES, TOY, Config, Stage, absent_classes, check_config,
-    check_same, differences, load_config, settings)
+    absent_classes,
+    check_config,
+    check_same,
+    CHOICES,
+    Config,
+    differences,
+    load_config,
+    MAY_CHANGE,
+    PRESETS,
+    settings,
+    Stage,
+    STAGES,
+    TOY,
+)
 from sac_lit.core import UserError
 from sac_lit.train import main
 

@@ -6,18 +6,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sac_lit.core import (
-    Stopped, UserError, clean_exit, lookup, written_aside,
     CLASSES,
-    IGNORE_INDEX,
-    NAMES,
-    ConfusionMatrix,
+    clean_exit,
     colorize,
     colors_of,
+    ConfusionMatrix,
     generator,
+    IGNORE_INDEX,
+    lookup,
+    NAMES,
     seed_of,
+    Stopped,
+    UserError,
+    written_aside,
 )
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -232,7 +237,8 @@ def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
     table = {"one": 1}
     assert lookup(table, "one", "pool") == 1 and lookup(table, "entries_of_core:twice", "pool") == 2
     for name, words in (("two", "no such entry"), ("entries_of_core:thrice", "AttributeError"),
-                        ("nowhere:x", "ModuleNotFoundError"), ("broken_entries:x", "no_such_module"),
+                        ("nowhere:x", "ModuleNotFoundError"),
+                        ("broken_entries:x", "no_such_module"),
                         (":", "cannot be imported")):
         with pytest.raises(UserError, match=words) as error: lookup(table, name, "pool")
         assert str(error.value).startswith(f"--pool {name}:") and "\n" not in str(error.value)

@@ -10,15 +10,23 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from house import NBS, cells
+from house import cells, NBS
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from sac_lit.core import CLASSES, IGNORE_INDEX, NAMES, UserError
 from sac_lit.datasets import (
-    LAYOUTS, FileError, Layout, SegmentationDataset, find_layout, open_dataset, open_rgb,
-    read_classes, released_gta5_frames)
-from sac_lit.importance_sampling import StepSampler, epoch_index
+    FileError,
+    find_layout,
+    Layout,
+    LAYOUTS,
+    open_dataset,
+    open_rgb,
+    read_classes,
+    released_gta5_frames,
+    SegmentationDataset,
+)
+from sac_lit.importance_sampling import epoch_index, StepSampler
 from sac_lit.toy_city import render, write_dataset, write_png16
 from sac_lit.views import crop_and_resize
 

@@ -13,7 +13,7 @@ from PIL import Image
 import sac_lit.experiments as experiments
 from sac_lit.config import PRESETS, STAGES, TOY
 from sac_lit.core import NAMES, remove
-from sac_lit.experiments import STUDIES, Study, scores, summary, variant
+from sac_lit.experiments import scores, STUDIES, Study, summary, variant
 from sac_lit.train import train
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from house import NBS
 
-from sac_lit.core import NAMES, UserError, generator
-from sac_lit.deeplabv2 import SegmentationModel, build_model
-from sac_lit.export import FORMATS, export
+from sac_lit.core import generator, NAMES, UserError
+from sac_lit.deeplabv2 import build_model, SegmentationModel
+from sac_lit.export import export, FORMATS
 from sac_lit.fast import speed_up
 from sac_lit.predict import main
 

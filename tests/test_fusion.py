@@ -7,12 +7,13 @@ from fractions import Fraction
 import nbformat
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from house import NBS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import resized_crop
 
-from house import NBS
-from sac_lit.core import UserError, generator
-from sac_lit.crop_fusion import POOLS, crop_theta, divide, fuse, invert_theta, warp
+from sac_lit.core import generator, UserError
+from sac_lit.crop_fusion import crop_theta, divide, fuse, invert_theta, POOLS, warp
 
 quick = settings(deadline=None, derandomize=True, max_examples=30)
 seeds = st.integers(0, 2 ** 31)

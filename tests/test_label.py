@@ -9,11 +9,18 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from sac_lit.core import CLASSES, UserError, generator
+from sac_lit.core import CLASSES, generator, UserError
 from sac_lit.datasets import open_dataset
 from sac_lit.deeplabv2 import build_model
 from sac_lit.label import (
-    find_inputs, id_values, label_images, label_video, overlay, read_video, video_writer)
+    find_inputs,
+    id_values,
+    label_images,
+    label_video,
+    overlay,
+    read_video,
+    video_writer,
+)
 from sac_lit.predict import main, predict
 from sac_lit.toy_city import write_dataset
 from sac_lit.weights import save_snapshot

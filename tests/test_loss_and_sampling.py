@@ -5,13 +5,19 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from sac_lit.core import IGNORE_INDEX, UserError, generator
-from sac_lit.focal_loss import CONFIDENCES, batch_confidence, focal_loss
-from sac_lit.importance_sampling import StepSampler, class_frequency, draw, epoch_index
-from sac_lit.importance_sampling import sampling_weights
+from sac_lit.core import generator, IGNORE_INDEX, UserError
+from sac_lit.focal_loss import batch_confidence, CONFIDENCES, focal_loss
+from sac_lit.importance_sampling import (
+    class_frequency,
+    draw,
+    epoch_index,
+    sampling_weights,
+    StepSampler,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 seeds = st.integers(0, 2 ** 31)

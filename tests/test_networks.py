@@ -8,15 +8,24 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from house import NBS, cells
-from hypothesis import given, settings, strategies as st
+from house import cells, NBS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import sac_lit.deeplabv2
-from sac_lit.core import NAMES, UserError, generator
+from sac_lit.core import generator, NAMES, UserError
 from sac_lit.deeplabv2 import (
-    ARCHS, FCN8sVGG16, SegmentationModel, build_model, load_imagenet, mismatch, param_groups,
-    predicted_classes, upsample)
+    ARCHS,
+    build_model,
+    FCN8sVGG16,
+    load_imagenet,
+    mismatch,
+    param_groups,
+    predicted_classes,
+    SegmentationModel,
+    upsample,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=10)
 

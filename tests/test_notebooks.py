@@ -9,8 +9,19 @@ import sys
 import pytest
 from execnb.nbio import nb2str, read_nb
 from house import (
-    MACHINE_PATH, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, exported, hidden, imported,
-    module_of, parsed)
+    cells,
+    exported,
+    hidden,
+    imported,
+    MACHINE_PATH,
+    module_of,
+    MODULES,
+    NBS,
+    NOTEBOOKS,
+    NUMBERED,
+    parsed,
+    ROOT,
+)
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 

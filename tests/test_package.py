@@ -11,7 +11,7 @@ from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 
 import pytest
-from house import LIB, MACHINE_PATH, MODULES, ROOT, imported
+from house import imported, LIB, MACHINE_PATH, MODULES, ROOT
 
 TOP = {"nbs", "sac_lit", "settings.ini", "setup.py", "tests", "docs", "README.md", "LICENSE",
        "MANIFEST.in"}

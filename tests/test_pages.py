@@ -10,7 +10,18 @@ from functools import cache
 import pytest
 import torch
 from house import (
-    LIB, MODULES, NBS, NOTEBOOKS, NUMBERED, ROOT, cells, code_lines, exported, hidden, parsed)
+    cells,
+    code_lines,
+    exported,
+    hidden,
+    LIB,
+    MODULES,
+    NBS,
+    NOTEBOOKS,
+    NUMBERED,
+    parsed,
+    ROOT,
+)
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)

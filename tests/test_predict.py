@@ -9,17 +9,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from sac_lit.core import (
-    CLASSES, IGNORE_INDEX, NAMES, ConfusionMatrix, UserError, ahead, generator, progress,
-    subset_means)
+    ahead,
+    CLASSES,
+    ConfusionMatrix,
+    generator,
+    IGNORE_INDEX,
+    NAMES,
+    progress,
+    subset_means,
+    UserError,
+)
 from sac_lit.datasets import open_dataset
 from sac_lit.deeplabv2 import build_model, upsample
 from sac_lit.label import label_images
 from sac_lit.predict import (
-    evaluate_network, main, predict, probabilities, score_strips, score_table, view_logits)
+    evaluate_network,
+    main,
+    predict,
+    probabilities,
+    score_strips,
+    score_table,
+    view_logits,
+)
 from sac_lit.toy_city import render, write_dataset
 from sac_lit.views import normalize
 from sac_lit.weights import save_snapshot

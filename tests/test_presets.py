@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from jobs import ENV, SMALL, log, train
+from jobs import ENV, log, SMALL, train
 from PIL import Image
 
-from sac_lit.config import PRESETS, SUBSETS, absent_classes, released_config
+from sac_lit.config import absent_classes, PRESETS, released_config, SUBSETS
 from sac_lit.toy_city import render
 
 RELEASED = {k: c for k, (_, c) in PRESETS.items() if k.startswith(("gta5", "synthia"))}

@@ -13,14 +13,25 @@ import torch
 from PIL import Image
 
 from sac_lit.config import PRESETS, STAGES, SUBSETS, TOY
-from sac_lit.core import NAMES, generator, use_style
+from sac_lit.core import generator, NAMES, use_style
 from sac_lit.crop_fusion import crop_theta
 from sac_lit.deeplabv2 import build_model
-from sac_lit.ema_training import MomentumNetwork, Views, pseudo_supervision
+from sac_lit.ema_training import MomentumNetwork, pseudo_supervision, Views
 from sac_lit.moving_threshold import ClassPrior
 from sac_lit.report import (
-    figure_of_classes, figure_of_curves, figure_of_examples, figure_of_views, main, means_of,
-    redraw_report, result_table, results, save_figure, table_text, write_report)
+    figure_of_classes,
+    figure_of_curves,
+    figure_of_examples,
+    figure_of_views,
+    main,
+    means_of,
+    redraw_report,
+    result_table,
+    results,
+    save_figure,
+    table_text,
+    write_report,
+)
 from sac_lit.runs import Run
 
 IOU = {"source": 20., "abn": 40., "sac": 50.}

@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from jobs import ENV, MODULE, SMALL, log, start, train, weights
+from jobs import ENV, log, MODULE, SMALL, start, train, weights
 
 from sac_lit.config import Config
 from sac_lit.core import UserError
-from sac_lit.runs import Progress, checkpoints, load_checkpoint, open_run, save_checkpoint
+from sac_lit.runs import checkpoints, load_checkpoint, open_run, Progress, save_checkpoint
 from sac_lit.train import main
 
 BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step

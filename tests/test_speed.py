@@ -8,18 +8,36 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sac_lit.abn_pretraining import cross_entropy, freeze_bn
-from sac_lit.bench import Settings, Workload, time_trick
+from sac_lit.bench import Settings, time_trick, Workload
 from sac_lit.core import ConfusionMatrix, generator
 from sac_lit.crop_fusion import crop_theta
 from sac_lit.deeplabv2 import ASPP, build_model, predicted_classes, upsample
 from sac_lit.ema_training import (
-    PLAIN, MomentumNetwork, SelfSupervision, Views, forward_backward, pseudo_supervision, sac_step)
+    forward_backward,
+    MomentumNetwork,
+    PLAIN,
+    pseudo_supervision,
+    sac_step,
+    SelfSupervision,
+    Views,
+)
 from sac_lit.fast import (
-    FAST, checkpoint_gradients, fast_argmax, fast_cross_entropy, fast_predicted_classes,
-    fast_pseudo_supervision, fold_bn, heads_by_taps, micro_batched, row_strips, speed_up)
+    checkpoint_gradients,
+    FAST,
+    fast_argmax,
+    fast_cross_entropy,
+    fast_predicted_classes,
+    fast_pseudo_supervision,
+    fold_bn,
+    heads_by_taps,
+    micro_batched,
+    row_strips,
+    speed_up,
+)
 from sac_lit.moving_threshold import ClassPrior
 from sac_lit.views import target_views
 

@@ -3,11 +3,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sac_lit.core import IGNORE_INDEX, generator
-from sac_lit.moving_threshold import ClassPrior, class_peaks, keep_confident
-from sac_lit.moving_threshold import pseudo_labels, thresholds
+from sac_lit.core import generator, IGNORE_INDEX
+from sac_lit.moving_threshold import (
+    class_peaks,
+    ClassPrior,
+    keep_confident,
+    pseudo_labels,
+    thresholds,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 seeds = st.integers(0, 2 ** 31)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from house import NBS, cells
-from jobs import ENV, SMALL, log, train, weights
+from house import cells, NBS
+from jobs import ENV, log, SMALL, train, weights
 from PIL import Image
 
 from sac_lit.config import ABNConfig, Config, SACConfig

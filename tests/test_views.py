@@ -6,18 +6,31 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from hypothesis import given, settings, strategies as st
-from house import NBS, cells
+from house import cells, NBS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from sac_lit.core import IGNORE_INDEX, generator
+from sac_lit.core import generator, IGNORE_INDEX
 from sac_lit.fast import fast_crop_and_resize
 from sac_lit.toy_city import render
 from sac_lit.views import (
-    COLOR_STATISTICS, IMAGENET_MEAN, IMAGENET_STD, NOISE, collate, crop_and_resize, crop_labels,
-    draw_jitter, matching_statistics, normalize, photometric_noise, random_box, source_views,
-    target_views)
+    collate,
+    COLOR_STATISTICS,
+    crop_and_resize,
+    crop_labels,
+    draw_jitter,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    matching_statistics,
+    NOISE,
+    normalize,
+    photometric_noise,
+    random_box,
+    source_views,
+    target_views,
+)
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 SIZE = (32, 64)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_networks import RELEASED, answers, noise, released, tiny
+from test_networks import answers, noise, RELEASED, released, tiny
 
 import sac_lit.weights
 from sac_lit.core import NAMES, UserError

@@ -3,8 +3,7 @@
 It is the first line of the text below the title. A second run changes nothing.
 """
 import nbformat
-
-from directives import NBS, notebooks
+from directives import notebooks
 
 IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 PAGE = "https://colab.research.google.com/github/sac-lit/sac_lit/blob/main/nbs"

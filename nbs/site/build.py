@@ -15,12 +15,10 @@ from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
-import nbformat
-from nbformat.v4 import new_markdown_cell
-
 import api
-from directives import (
-    CALLOUT, LINK, NBS, module_of, notebooks, page, read, statements, title_of)
+import nbformat
+from directives import CALLOUT, LINK, module_of, NBS, notebooks, page, read, statements, title_of
+from nbformat.v4 import new_markdown_cell
 
 SITE, ROOT = NBS / "site", NBS.parent
 REPOSITORY = "https://github.com/sac-lit/sac_lit/blob/main"

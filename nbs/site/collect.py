@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sac_lit.config import PRESETS, STAGES, Config, DataConfig, check_same, load_config
-from sac_lit.core import NAMES, UserError, clean_exit, written_aside
+from sac_lit.config import check_same, Config, DataConfig, load_config, PRESETS, STAGES
+from sac_lit.core import clean_exit, NAMES, UserError, written_aside
 from sac_lit.datasets import open_dataset
 from sac_lit.experiments import scores
 from sac_lit.predict import load_network, predict

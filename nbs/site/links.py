@@ -7,15 +7,14 @@ import ast
 import re
 from functools import cache
 
+import api
 import nbformat
+from directives import module_of, notebooks, page, statements
 from docutils import nodes
 from nbdev_pytorch._modidx import d as torch_index
 from sphinx import addnodes
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
-
-import api
-from directives import module_of, notebooks, page, statements
 
 TORCH = {name: url for names in torch_index["syms"].values() for name, url in names.items()}
 NOTEBOOKS = {page(path): path for path in notebooks()}

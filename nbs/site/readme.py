@@ -10,10 +10,9 @@ import shutil
 from pathlib import Path
 
 import nbformat
+from directives import CALLOUT, LINK, read, title_of
 from nbconvert import MarkdownExporter
 from nbdev.processors import rm_export
-
-from directives import CALLOUT, LINK, read, title_of
 
 ROOT = Path(__file__).parents[2]
 FIGURES = "docs/README_files"
