@@ -32,11 +32,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "quick: answers in seconds")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     place = {name: k for k, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))   # a stable sort
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
+        alone = item.name.startswith("test_runs[")    # a notebook in a process of its own
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
         if item.path.stem in QUICK and not marks & set(NOT_QUICK): item.add_marker("quick")
         if "slow" in marks and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))

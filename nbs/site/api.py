@@ -85,7 +85,7 @@ class Module:
         return ", ".join(shown)
 
     def parameter(self, arg: ast.arg, default: ast.AST | None = None) -> str:
-        typed = f": {self.text(arg.annotation)}" if arg.annotation else ""
+        typed = f": {self.kind(arg.annotation)}" if arg.annotation else ""
         equal = " = " if typed else "="
         return arg.arg + typed + (equal + self.default(default) if default is not None else "")
 
@@ -94,6 +94,16 @@ class Module:
         last = {a.end_lineno: a.arg for a in args if a.end_lineno < node.body[0].lineno}
         if node.returns: last[node.returns.end_lineno] = "return"
         return {name: self.comments[line] for line, name in last.items() if line in self.comments}
+
+    def kind(self, annotation: ast.AST) -> str:
+        "A type, without what `Annotated` tells the command line of it."
+        bare = isinstance(annotation, ast.Subscript) and self.text(annotation.value) == "Annotated"
+        return self.text(annotation.slice.elts[0] if bare else annotation)
+
+    def field(self, node: ast.AnnAssign) -> str:
+        "A field of a dataclass, as a parameter."
+        default = f" = {self.default(node.value)}" if node.value else ""
+        return f"{node.target.id}: {self.kind(node.annotation)}{default}"
 
     def field_note(self, node: ast.AnnAssign) -> str:
         "The comment beside a field of a dataclass, or alone on the lines above it."
@@ -114,7 +124,7 @@ class Module:
             made = self.of_function(name, start, "class")
             symbol.signature, symbol.notes = made.signature, made.notes
         if fields:
-            symbol.signature = "(" + ", ".join(self.text(f) for f in fields) + ")"
+            symbol.signature = "(" + ", ".join(map(self.field, fields)) + ")"
             notes = {f.target.id: self.field_note(f) for f in fields}
             symbol.notes = {name: note for name, note in notes.items() if note}
         public = [m for m in methods if not m.name.startswith("_")]
