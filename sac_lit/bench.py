@@ -34,6 +34,7 @@ import tyro
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+# %% ../nbs/12_performance.ipynb #1mp0rt51
 from .abn_pretraining import abn_step, cross_entropy, freeze_bn
 from .audit import cached
 from sac_lit.core import (

@@ -21,6 +21,7 @@ import torch.nn as nn
 import tyro
 from safetensors.torch import load_file, save_file
 
+# %% ../nbs/09_train.ipynb #1mp0rt50
 from . import report
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
 from .config import ABNConfig, absent_classes, Config, PRESETS, SACConfig, STAGES

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
-from house import LIB, MACHINE_PATH, MODULES, NBS, NOTEBOOKS, parsed, ROOT
+from house import LIB, MACHINE_PATH, module_of, MODULES, NBS, NOTEBOOKS, NUMBERED, parsed, ROOT
 
 sys.path.insert(0, str(NBS / "site"))
 DOCS = ROOT / "docs"
