@@ -32,7 +32,6 @@ html_baseurl = ""
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
-html_search_scorer = str(Path(__file__).parent / "scorer.js")
 html_logo = "static/logo.svg"
 html_favicon = "static/logo.svg"
 html_show_sourcelink = html_copy_source = False
