@@ -44,6 +44,8 @@ class DataConfig:
     target_root: str = "data/cityscapes"  # folder of the target; with layout folder, of its images
     target_frames: str | None = None  # file that lists the target images to use, one a line
     target_size: tuple[int, int] | None = (512, 1024)  # of target images in training
+    target_labels: str | None = None  # list of target images to use with labels, or how many
+    target_label_maps: str | None = None  # layout folder: the label maps of these
     val_root: str | None = None  # layout folder: labelled target images; None: no evaluation
     val_labels: str | None = None  # layout folder: their label maps
     eval_size: tuple[int, int] | None = None  # of validation images; None: as on disk
@@ -66,6 +68,7 @@ class OptimConfig:
     lr: float = 2.5e-4  # learning rate
     weight_decay: float = 5e-4  # of weights; biases and batch norm's offsets have none
     schedule: Literal["constant", "poly"] = "constant"  # poly: falls to 0 as (1 - step/steps)^0.9
+    head_lr: float = 10.  # learning rate of new layers, as a multiple of lr
 
 @dataclass(frozen=True)
 class ABNConfig(OptimConfig):
@@ -96,6 +99,8 @@ class SACConfig(OptimConfig):
     gamma_chi: float = .99  # momentum of the class prior (eq. 2)
     gamma_psi: float = .99  # momentum of the momentum network (eq. 9)
     period: int = 100  # steps between updates of the momentum network
+    label_batch: int = 2  # target images with labels a step, where data.target-labels gives some
+    label_weight: float = 1.  # weight of their loss beside the source loss
     uniform: float = .25  # share of uniform sampling of target images
     hard_counts: bool = False  # sampling by predicted labels, as released, not mean softmax (eq. 8)
     micro_batch: int = 0  # images in one pass through a network, for small GPUs; 0: all
@@ -108,6 +113,7 @@ class Config:
     name: str = "run"  # the run's folder below `runs`
     seed: int = 0  # of everything random
     arch: str = "deeplabv2_resnet101"  # network
+    encoder: str | None = None  # of deeplabv2_timm: a name of timm; None: tf_efficientnet_lite0
     weights: str | None = "imagenet"  # first weights: imagenet, a file, or None
     stages: tuple[str, ...] = ("abn", "sac")  # trained in this order; source, oracle: yardsticks
     data: DataConfig = field(default_factory=DataConfig)  # the data
@@ -118,8 +124,10 @@ class Config:
     log_every: int = 50  # steps between lines of the log
     eval_every: int = 0  # steps between evaluations in the joint stage; 0: at the end only
     checkpoint_every: int = 1000  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    checkpoints: int = 2  # how many are kept
+    keep: Literal["last", "score"] = "last"  # joint stage's network: the last, or by the verdict
     when_full: Literal["stop", "continue"] = "stop"  # where a checkpoint cannot be written
+    threads: int | None = None  # of each process on a CPU; None: what the machine has
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # precision; None: as launched
     compile: bool = False  # compile the networks with torch.compile
     channels_last: bool = False  # keep the networks' tensors with channels as the last dimension
@@ -201,7 +209,7 @@ for _option, _choice in CHOICES.items(): _list_names(_option, _choice)
 # %% ../nbs/08b_config.ipynb #f221bd42
 def check_config(cfg: Config) -> None:
     "Raises `UserError` where a name is in no table, or an interval is 0."
-    for option in ("log_every", "checkpoint_every", "keep", "sac.period"):
+    for option in ("log_every", "checkpoint_every", "checkpoints", "sac.period"):
         value = attrgetter(option)(cfg)
         if value < 1:
             flag = option.replace("_", "-")
@@ -302,7 +310,7 @@ PRESETS = {  # description and configuration of every preset, by name
 
 # %% ../nbs/08b_config.ipynb #15850326
 MAY_CHANGE = {  # settings that do not decide the results, and may change when a run goes on
-    "runs", "fresh", "keep", "log_every", "eval_every", "checkpoint_every", "when_full",
+    "runs", "fresh", "checkpoints", "log_every", "eval_every", "checkpoint_every", "when_full",
     "gradient_checkpointing", "tracker", "stages", "data.workers", "data.timeout", "data.cache"}
 
 def _flat(values: dict, prefix: str = ""):

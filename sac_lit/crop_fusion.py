@@ -109,9 +109,11 @@ def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, 
     Raises `ValueError` for shapes that disagree, `UserError` for a pool that is none."""
     _check_views(probs, theta, valid)
     B, T, C, H, W = probs.shape
-    if valid is None: valid = probs.new_ones(B, T, H, W)
-    weight = valid[:, :, None].to(probs)                # (B, T, 1, H, W)
-    views = torch.cat([probs * weight, weight], 2)      # (B, T, C + 1, H, W)
+    weight = probs.new_ones(B, T, 1, H, W)
+    if valid is not None:
+        weight = valid[:, :, None].to(probs)
+        probs = probs * weight                          # padding says nothing
+    views = torch.cat([probs, weight], 2)               # (B, T, C + 1, H, W)
     inverse = invert_theta(theta).flatten(0, 1)         # (B·T, 2, 3)
     on_canvas = warp(views.flatten(0, 1), inverse, (H, W))
     on_canvas = on_canvas.unflatten(0, (B, T))

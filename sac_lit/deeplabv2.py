@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'ASPP', 'dilate', 'DeepLabResNet101', 'DeepLabVGG16', 'upsample', 'predicted_classes', 'FCN8sVGG16',
-           'DeepLabTiny', 'SegmentationModel', 'mismatch', 'load_imagenet', 'build_model', 'param_groups']
+           'DeepLabTiny', 'SegmentationModel', 'mismatch', 'load_imagenet', 'read_weights', 'build_model',
+           'param_groups']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
 import io
@@ -12,6 +13,8 @@ import math
 import re
 from collections import OrderedDict
 from contextlib import redirect_stdout
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -201,11 +204,12 @@ def _tiny_block(inputs: int, outputs: int, stride: int = 1, rate: int = 1) -> Ba
     return block
 
 # %% ../nbs/02_deeplabv2.ipynb #a413b4d4
-ARCHS = {  # the networks by name: classes that take `num_classes`
+ARCHS = {  # the networks by name: classes that take `num_classes`, or where one is
     "deeplabv2_resnet101": DeepLabResNet101,
     "deeplabv2_vgg16": DeepLabVGG16,
     "fcn8s_vgg16": FCN8sVGG16,
-    "deeplabv2_tiny": DeepLabTiny}
+    "deeplabv2_tiny": DeepLabTiny,
+    "deeplabv2_timm": "sac_lit.encoders:DeepLabTimm"}
 
 # %% ../nbs/02_deeplabv2.ipynb #59d3e8be
 _MODEL_CARD = """---
@@ -223,11 +227,13 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                  arch: str,  # a key of `ARCHS`, or module:Class of your own
                  num_classes: int = 19,
                  names=None,  # of the classes; by default Cityscapes' 19, else "class 0", ...
+                 encoder: str | None = None,  # of a network that takes one, such as deeplabv2_timm
                 ):
         super().__init__()
         self.arch, self.num_classes = arch, num_classes
         self.names = _class_names(names, num_classes)
-        self.backbone = _build_backbone(arch, num_classes)
+        self.backbone = _build_backbone(arch, num_classes, encoder)
+        self.encoder = getattr(self.backbone, "encoder_name", None)
         self.stride = _output_stride(self.backbone, arch, num_classes)
         self.new = getattr(self.backbone, "new", ())     # layers that ImageNet does not know
 
@@ -276,12 +282,18 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 # %% ../nbs/02_deeplabv2.ipynb #04e934e9
-def _build_backbone(arch: str, num_classes: int) -> nn.Module:
+def _build_backbone(arch: str, num_classes: int, encoder: str | None = None) -> nn.Module:
     "The network of a name. Raises `UserError` where the name stands for none."
     network = lookup(ARCHS, arch, "arch")
+    if isinstance(network, str): network = lookup({}, network, "arch")
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         raise UserError(f"--arch {arch}: is no network; give a subclass of torch.nn.Module")
-    try: return network(num_classes=num_classes)
+    options = {"encoder": encoder} if encoder else {}
+    if encoder and "encoder" not in signature(network).parameters:
+        raise UserError(f"--encoder {encoder}: {arch} has its own; leave the option out, "
+                        "or give --arch deeplabv2_timm")
+    try: return network(num_classes=num_classes, **options)
+    except UserError: raise
     except Exception as e:                                   # your own class may raise anything
         raise UserError(f"--arch {arch}: cannot be built with num_classes={num_classes} "
                         f"({type(e).__name__}: {_in_a_line(e)})") from e
@@ -331,23 +343,29 @@ def load_imagenet(model: SegmentationModel,
                   weights: str | Path,  # "imagenet", or a file: torchvision's .pth, or .safetensors
                  ) -> None:
     "Fill all but the new layers. Raises `UserError` where the weights are missing or do not fit."
+    net = model.backbone
+    first_weights = getattr(net, "first_weights", partial(_from_torchvision, model))
+    found = {k: v for k, v in first_weights(weights).items() if not k.endswith(_COUNTER)}
+    own = {k: v.shape for k, v in net.state_dict().items()
+           if not k.startswith(model.new) and not k.endswith(_COUNTER)}
+    wrong = mismatch(own, {k: getattr(v, "shape", None) for k, v in found.items()})
+    if wrong:
+        start = model.encoder or Path(net.imagenet.url).name
+        raise UserError(f"{weights}: not {start}, from which {model.arch} starts: {wrong}")
+    net.load_state_dict(found, strict=False)
+
+_COUNTER = "num_batches_tracked"  # absent from old files, and of no consequence
+
+def _from_torchvision(model: SegmentationModel, weights: str | Path) -> dict[str, torch.Tensor]:
+    "The trunk's tensors by the network's own names. Raises `UserError` where there are none."
     net, entry = model.backbone, getattr(model.backbone, "imagenet", None)
     if entry is None:
         raise UserError(f"there are no ImageNet weights for {model.arch}; "
                         f"leave out weights {str(weights)!r}")
     place = getattr(net, "place", lambda name: name)
-    tensors = _download(entry) if weights == "imagenet" else _read_file(Path(weights), entry.url)
-    found = {place(k): v for k, v in tensors.items()
-             if not k.startswith(("fc.", "classifier.")) and not k.endswith(_COUNTER)}
-    own = {k: v.shape for k, v in net.state_dict().items()
-           if not k.startswith(model.new) and not k.endswith(_COUNTER)}
-    wrong = mismatch(own, {k: getattr(v, "shape", None) for k, v in found.items()})
-    if wrong:
-        raise UserError(f"{weights}: not {Path(entry.url).name}, "
-                        f"from which {model.arch} starts: {wrong}")
-    net.load_state_dict(found, strict=False)
-
-_COUNTER = "num_batches_tracked"  # absent from old files, and of no consequence
+    if weights == "imagenet": tensors = _download(entry)
+    else: tensors = read_weights(Path(weights), entry.url)
+    return {place(k): v for k, v in tensors.items() if not k.startswith(("fc.", "classifier."))}
 
 def _download(entry) -> dict[str, torch.Tensor]:
     "Torchvision's tensors by its names. Raises `UserError` without a connection."
@@ -356,25 +374,28 @@ def _download(entry) -> dict[str, torch.Tensor]:
         raise UserError(f"weights 'imagenet': {entry.url} could not be fetched ({e}); "
                         "download it elsewhere and give the path of the file instead") from e
 
-def _read_file(path: Path, url: str) -> dict[str, torch.Tensor]:
-    "The same from a file. Raises `UserError` where it is missing or unreadable."
+def read_weights(path: Path,  # .safetensors, or a .pth that holds nothing but tensors
+                 origin: str,  # where the right file comes from, for a message
+                ) -> dict[str, torch.Tensor]:
+    "Tensors by name. Raises `UserError` where the file is missing or unreadable."
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give 'imagenet' or the file that {url} leads to")
+        raise UserError(f"{path}: no such file; give 'imagenet' or the file of {origin}")
     try:
         if path.suffix == ".safetensors": return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
         raise UserError(f"{path}: cannot be read as weights ({type(e).__name__}); "
-                        f"download {url} once more") from e
+                        f"fetch the file of {origin} once more") from e
 
 # %% ../nbs/02_deeplabv2.ipynb #9e3ec3f4
 def build_model(arch: str,  # a key of `ARCHS`, or module:Class of your own
                 num_classes: int,
                 weights: str | Path | None = None,  # "imagenet": torchvision's; a file
                 names=None,  # of the classes, see `SegmentationModel`
+                encoder: str | None = None,  # of a network that takes one
                ) -> SegmentationModel:
     "A network in training mode. Raises `UserError` for an unknown name or unusable weights."
-    model = SegmentationModel(arch, num_classes, names)
+    model = SegmentationModel(arch, num_classes, names, encoder)
     if weights is not None: load_imagenet(model, weights)
     return model
 
@@ -382,16 +403,17 @@ def build_model(arch: str,  # a key of `ARCHS`, or module:Class of your own
 def param_groups(model: SegmentationModel,
                  lr: float,            # base learning rate
                  weight_decay: float,  # of all weights, the scale of batch norm included
+                 head_lr: float = 10.,  # of new layers, as a multiple of `lr`
                 ) -> list[dict]:       # for torch.optim, each with a "name"
     "Parameters by kind and age, with their learning rate (section 4.1 and the released code)."
-    params = {name: [] for name in _FACTORS}
+    factors = {  # of the learning rate and of the weight decay
+        "weights": (1, 1), "biases": (2, 0),
+        "new weights": (head_lr, 1), "new biases": (2 * head_lr, 0)}
+    params = {name: [] for name in factors}
     for name, p in model.backbone.named_parameters():
         age = "new " if name.startswith(model.new) else ""
         kind = "biases" if name.endswith("bias") else "weights"
         params[age + kind].append(p)
     return [{"name": name, "params": params[name],
              "lr": speed * lr, "weight_decay": decay * weight_decay}
-            for name, (speed, decay) in _FACTORS.items() if params[name]]
-
-_FACTORS = {  # of the learning rate and of the weight decay
-    "weights": (1, 1), "biases": (2, 0), "new weights": (10, 1), "new biases": (20, 0)}
+            for name, (speed, decay) in factors.items() if params[name]]

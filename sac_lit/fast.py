@@ -242,7 +242,9 @@ def fast_pseudo_supervision(teacher: MomentumNetwork,
         probs = upsample(group.float(), (H, W)).softmax(1)  # (T, C, H, W)
         shares.append(probs.mean((2, 3)))  # (T, C)
         fused, _ = fuse(probs[None], theta[None], pool=hp.pool)  # (1, T, C, H, W)
-        tops.append(fused[0, views.mine].max(1))
+        mine = fused[0, views.mine]  # (t, C, H, W)
+        dominant = torch.stack([fast_argmax(x) for x in mine])  # (t, H, W)
+        tops.append((mine.amax(1), dominant.long()))
     shares = torch.stack(shares)  # (B, T, C)
     prior.update(shares[..., None, None], reduce)  # as maps of one pixel
     confidence, dominant = (torch.cat(x) for x in zip(*tops))  # (B·t, H, W) each

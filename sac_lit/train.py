@@ -38,6 +38,7 @@ from sac_lit.core import (
 from .datasets import SegmentationDataset
 from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
 from .ema_training import MomentumNetwork, sac_step
+from .encoders import has_batch_norm
 from .fast import checkpoint_gradients, speed_up
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
@@ -71,6 +72,7 @@ from sac_lit.runs import (
     run_stage,
     share_out,
     start_accelerator,
+    use_machine,
 )
 from .views import normalize
 from .weights import load_snapshot
@@ -78,7 +80,7 @@ from .weights import load_snapshot
 # %% ../nbs/09_train.ipynb #68fdbaac
 def build_optimizer(model: nn.Module, c: ABNConfig | SACConfig) -> torch.optim.Optimizer:
     "SGD with momentum or Adam over the network's parameter groups."
-    groups = param_groups(model, c.lr, c.weight_decay)
+    groups = param_groups(model, c.lr, c.weight_decay, c.head_lr)
     groups = [{**g, "base_lr": g["lr"]} for g in groups]
     if c.optimizer == "sgd": return torch.optim.SGD(groups, momentum=.9, fused=True)
     return torch.optim.Adam(groups, betas=(.9, .999), fused=True)
@@ -161,7 +163,7 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
     labelled, target = data["source"], None
     recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std)
-    if stage == "abn": target = data["target"]
+    if stage == "abn": target = _to_adapt(run, network, data["target"])
     if stage == "oracle":
         labelled = target_data(d, labels=True)
         recipe = Recipe(c.crop, c.scale, c.jitter)
@@ -172,12 +174,18 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     state = {"model": network, "optimizer": optimizer, **scaler}
     return network, run_stage(run, stage, c.steps, steps, state, evaluate_it)
 
+def _to_adapt(run: Run, network: nn.Module, target: SegmentationDataset):
+    "The target's images, unless there is no batch norm that could adapt to them."
+    if has_batch_norm(network): return target
+    run.say(f"{run.cfg.encoder or run.cfg.arch} has no batch norm, whose statistics ABN would "
+            "adapt: this stage trains on the source alone")
+
 def _first_network(run: Run, labelled: SegmentationDataset) -> nn.Module:
     "A network with its first weights, whose batch norm sees the images of all processes."
     cfg, C, names = run.cfg, labelled.num_classes, labelled.names
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(cfg.seed, "weights"))
-        network = build_model(cfg.arch, C, cfg.weights, names=names)
+        network = build_model(cfg.arch, C, cfg.weights, names, cfg.encoder)
     if run.accelerator.num_processes == 1: return network
     return share_statistics(network, run.device)
 
@@ -368,10 +376,12 @@ def train(cfg: Config) -> Run:
     """Run every stage that is not done yet, then write the report.
 
     Raises `UserError` for what the user can mend, `Stopped` where asked to stop."""
+    cfg = use_machine(cfg)
     accelerator = start_accelerator(cfg)
     folder = Path(cfg.runs) / cfg.name
     with lock_folder(folder) if accelerator.is_main_process else nullcontext():
         run = open_run(cfg, accelerator)
+        run.say(f"{cfg.name}: {_what_it_takes(run)}")
         check_shares(run)
         if cfg.sac.start and "abn" in cfg.stages:
             raise UserError("--sac.start: the joint stage would not use the ABN pretraining "
@@ -383,6 +393,14 @@ def train(cfg: Config) -> Run:
         if accelerator.is_main_process: _say_results(run, data)
     accelerator.end_training()
     return run
+
+def _what_it_takes(run: Run) -> str:
+    "Processes, threads and precision, for the first line that a run prints."
+    P, device = run.accelerator.num_processes, run.device.type
+    processes = f"{P} processes" if P > 1 else "1 process"
+    threads = f", {run.cfg.threads} threads each" if device == "cpu" else ""
+    precision = {"no": "float32"}.get(run.cfg.mixed_precision, run.cfg.mixed_precision)
+    return f"{processes} on {device}{threads}, {precision}"
 
 def _say_results(run: Run, data: dict) -> None:
     "Write the report, and print the table."

@@ -19,6 +19,10 @@ from .deeplabv2 import ARCHS, mismatch, SegmentationModel
 # %% ../nbs/02a_weights.ipynb #c5ff524f
 def read_snapshot(path: Path) -> dict[str, torch.Tensor]:
     "A snapshot's tensors by name, without `module.`. Raises `UserError` for a file that is none."
+    return _open_snapshot(path)[0]
+
+def _open_snapshot(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+    "The tensors, and, where the file was written here, what the network is."
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the .pth file of a snapshot")
     try:
@@ -30,7 +34,7 @@ def read_snapshot(path: Path) -> dict[str, torch.Tensor]:
     if not whole:
         raise UserError(f"{path}: no snapshot, which is a dictionary "
                         "with named tensors as its 'model'")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return {k.removeprefix("module."): v for k, v in state.items()}, saved.get("network")
 
 class _NumpyStandIn:
     "Takes the place of a NumPy object in a snapshot: nothing of NumPy's runs, and nothing is kept."
@@ -53,7 +57,8 @@ def _why_not_opened(e: Exception) -> str:
 # %% ../nbs/02a_weights.ipynb #77180259
 def recognise(state: dict[str, torch.Tensor]) -> SegmentationModel:
     "The network whose names these are, as many classes as its head has, on the meta device."
-    names = {arch: list(_without_memory(arch).state_dict()) for arch in ARCHS}
+    released = (arch for arch, network in ARCHS.items() if isinstance(network, type))
+    names = {arch: list(_without_memory(arch).state_dict()) for arch in released}
     arch = max(names, key=lambda a: len(state.keys() & names[a]))
     bias = names[arch][-1]
     return _without_memory(arch, state[bias].numel() if bias in state else 19)
@@ -67,8 +72,8 @@ def load_snapshot(path: str | Path,
                   which: str = "student",  # or "momentum"
                  ) -> SegmentationModel:
     "A network of a snapshot, in evaluation mode. Raises `UserError` unless every tensor fits."
-    state = read_snapshot(Path(path))
-    model = recognise(state)
+    state, network = _open_snapshot(Path(path))
+    model = _described(path, network) if network else recognise(state)
     wrong = mismatch(_snapshot_shapes(model, _has_momentum(state)), _shapes(state))
     if wrong:
         raise UserError(f"{path}: no snapshot of {model.arch} "
@@ -83,6 +88,13 @@ def load_snapshot(path: str | Path,
         tensors[name] = tensor.to(own.dtype).contiguous()
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+def _described(path, network: dict) -> SegmentationModel:
+    "The network that a file written here describes. Raises `UserError` where it is none."
+    try: return SegmentationModel(**network)
+    except TypeError as e:
+        raise UserError(f"{path}: its network is described wrongly ({e}); fetch the file once "
+                        "more") from e
 
 def _has_momentum(state: dict) -> bool: return any(k.startswith("slow_net.") for k in state)
 
@@ -110,5 +122,6 @@ def save_snapshot(path: str | Path,
         for k, v in momentum.state_dict().items():
             state[f"module.{k.replace('backbone.', 'slow_net.', 1)}"] = v
         state |= {"module.running_conf": prior, "module.slow_init": torch.ones(1)}
+    network = {name: getattr(model, name) for name in ("arch", "num_classes", "names", "encoder")}
     with written_aside(Path(path)) as tmp:
-        torch.save({"model": state, "score": 0., "epoch": 0}, tmp)
+        torch.save({"model": state, "score": 0., "epoch": 0, "network": network}, tmp)

@@ -22,20 +22,13 @@ from house import (
     parsed,
     ROOT,
 )
+from jobs import forked
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
+from nbdev.test import test_nb
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-root, path, *flags = sys.argv[1:]
-sys.exit(not test_nb(Path(path), skip_flags=flags, basepath=root)[0])
-"""
-
-
 def outputs(path):
     return [o for c in cells(path, "code") for o in c.outputs]
 
@@ -46,13 +39,16 @@ def said(output):
     return [text for kind, text in texts.items() if kind.startswith("text")]
 
 
+def _run(path):
+    flags = get_config(path=ROOT).tst_flags.split()
+    sys.exit(not test_nb(path, skip_flags=flags, basepath=ROOT)[0])
+
+
 @each
 def test_runs(path):
     "By nbdev's own runner, in a process of its own: what it sets is no other test's concern."
     before = set(NBS.rglob("*"))
-    flags = get_config(path=ROOT).tst_flags.split()
-    command = [sys.executable, "-c", RUN, ROOT, path, *flags]
-    done = subprocess.run(command, cwd=NBS, capture_output=True, text=True, timeout=300)
+    done = forked(_run, path, cwd=NBS)
     assert done.returncode == 0, done.stderr[-4000:]
     left = set(NBS.rglob("*")) - before
     left = {p for p in left if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}

@@ -1,25 +1,16 @@
 """The experiments beyond the toy: presets, SYNTHIA's means, your own folders."""
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from jobs import ENV, log, SMALL, train
+from jobs import command, log, SMALL, train
 from PIL import Image
 
 from sac_lit.config import absent_classes, PRESETS, released_config, SUBSETS
 from sac_lit.toy_city import render
 
 RELEASED = {k: c for k, (_, c) in PRESETS.items() if k.startswith(("gta5", "synthia"))}
-
-
-def command(cwd, *args, timeout=120):
-    "A training as somebody would start it."
-    done = [sys.executable, "-m", "sac_lit.train", *args]
-    return subprocess.run(
-        done, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout)
 
 
 def test_six_experiments():

@@ -73,7 +73,7 @@ def test_joint_stage(one, processes):
 
 def test_pretraining_shares_batch_norm(one):
     "The statistics of a batch are those of all processes; the first steps agree to rounding."
-    done = train(one, *SGD, "--name", "abn2", "--stages", "abn", launch=launched(2))
+    done = train(one, *SGD, "--name", "abn2", "--stages", "abn", processes=2)
     assert done.returncode == 0, done.stderr
     assert close(weights(one, "one", "model_abn"), weights(one, "abn2", "model_abn"), rtol=1e-4)
     logs = [log(one, n, stage="abn", event="step") for n in ("one", "abn2")]
@@ -82,12 +82,12 @@ def test_pretraining_shares_batch_norm(one):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_numbers_that_work(one):
-    done = train(one, *SGD, "--name", "odd", "--abn.source-batch", "3", launch=launched(2))
+    done = train(one, *SGD, "--name", "odd", "--abn.source-batch", "3", processes=2)
     sentence = ("--abn.source-batch 3 cannot be shared by 2 processes; "
                 "start 1 processes, or give multiples of 2")
     assert done.returncode != 0 and sentence in done.stderr
     late = ("--name", "late", "--sac.source-batch", "3", "--sac.groups", "6")
-    done = train(one, *SGD, *late, launch=launched(2))       # before pretraining, not after it
+    done = train(one, *SGD, *late, processes=2)       # before pretraining, not after it
     sentence = "--sac.source-batch 3 cannot be shared by 2 processes; start 1 processes"
     assert done.returncode != 0 and sentence in done.stderr
     assert not (one / "runs" / "late" / "log.jsonl").exists()
@@ -98,15 +98,15 @@ def test_a_target_batch_too_small_to_be_shared_is_everybodys(one):
 
     They only move statistics, which are the same if all see both."""
     args = (*SGD, "--abn.target-batch", "1", "--stages", "abn")
-    for name, launch in (("target1", launched(1)), ("target2", launched(2))):
-        done = train(one, *args, "--name", name, launch=launch)
+    for processes in (1, 2):
+        done = train(one, *args, "--name", f"target{processes}", processes=processes)
         assert done.returncode == 0, done.stderr
     a, b = weights(one, "target1", "model_abn"), weights(one, "target2", "model_abn")
     assert close(a, b, rtol=1e-2)     # variances are counted twice, n / (n - 1) with another n
 
 
 def test_bf16_on_two_processes(one):
-    done = train(one, *SGD, "--mixed-precision", "bf16", "--name", "bf16", launch=launched(2))
+    done = train(one, *SGD, "--mixed-precision", "bf16", "--name", "bf16", processes=2)
     assert done.returncode == 0, done.stderr
     kinds = {v.dtype for k, v in weights(one, "bf16").items() if "num_batches" not in k}
     assert kinds == {torch.float32}
