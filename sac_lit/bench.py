@@ -64,6 +64,7 @@ from sac_lit.fast import (
     fast_cross_entropy,
     fast_predicted_classes,
     fast_pseudo_supervision,
+    in_parts,
     fold_bn,
     heads_by_taps,
     micro_batched,
@@ -129,9 +130,11 @@ class Workload:
         "The forms of the step's parts."
         how, n = PLAIN if self.settings.plain else FAST, self.settings.micro_batch
         passes, supervise = how.forward_backward, how.pseudo_supervision
-        if n: passes, supervise = micro_batched(n), partial(fast_pseudo_supervision, micro_batch=n)
+        if n: passes = micro_batched(n)
+        def supervise_in_parts(teacher, *args):
+            return supervise(in_parts(teacher, n) if n else teacher, *args)
         passes = partial(passes, backward=lambda loss: self.backward(loss))
-        return replace(how, forward_backward=passes, pseudo_supervision=supervise)
+        return replace(how, forward_backward=passes, pseudo_supervision=supervise_in_parts)
 
 # %% ../nbs/12_performance.ipynb #08e74d25
 def _network(s: Settings):

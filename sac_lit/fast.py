@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAST', 'fast_crop_and_resize', 'FoldedConv2d', 'FoldedBatchNorm2d', 'fold_bn', 'ASPPByTaps', 'heads_by_taps',
-           'speed_up', 'row_strips', 'fast_argmax', 'fast_predicted_classes', 'fast_cross_entropy',
-           'fast_pseudo_supervision', 'micro_batched', 'checkpoint_gradients']
+           'speed_up', 'row_strips', 'fast_argmax', 'fast_top_class', 'fast_predicted_classes', 'fast_cross_entropy',
+           'fast_pseudo_supervision', 'in_parts', 'micro_batched', 'checkpoint_gradients']
 
 # %% ../nbs/08a_fast.ipynb #0b7e0294
 import math
@@ -23,9 +23,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .core import IGNORE_INDEX
 from .crop_fusion import fuse
-from .deeplabv2 import ASPP, upsample
+from .deeplabv2 import ARCHS, ASPP, upsample
 from .ema_training import forward_backward, MomentumNetwork, PLAIN, SelfSupervision, Views
-from .moving_threshold import ClassPrior, keep_confident
+from .moving_threshold import ClassPrior, pseudo_labels
 from .views import _check_boxes
 
 # %% ../nbs/08a_fast.ipynb #f200abdd
@@ -109,11 +109,37 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 def fold_bn(model: nn.Module) -> nn.Module:
     "Let each convolution carry out the batch norm registered right after it, while that is frozen."
     layers = [m for m in model.modules() if not any(m.children())]
-    for conv, bn in zip(layers, layers[1:]):
-        if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
-            conv.norm = (bn,)  # in a tuple: no child, no second entry in the state
-            conv.__class__, bn.__class__ = FoldedConv2d, FoldedBatchNorm2d
+    pairs = [(conv, bn) for conv, bn in zip(layers, layers[1:])
+             if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d]
+    known = isinstance(ARCHS.get(getattr(model, "arch", None)), type)  # folds, as tests show
+    before = None if known else _scores(model)
+    for conv, bn in pairs:
+        conv.norm = (bn,)  # in a tuple: no child, no second entry in the state
+        conv.__class__, bn.__class__ = FoldedConv2d, FoldedBatchNorm2d
+    if not (known or _alike(_scores(model), before)):
+        for conv, bn in pairs: conv.__class__, bn.__class__ = nn.Conv2d, nn.BatchNorm2d
     return model
+
+# %% ../nbs/08a_fast.ipynb #c387c55c
+@torch.no_grad()
+def _scores(model: nn.Module) -> torch.Tensor | None:
+    "Scores of a random image, with random numbers in all batch norms; None where it fails."
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    tensors = [x for m in norms for x in (m.weight, m.bias, m.running_mean, m.running_var)]
+    kept, training = [x.clone() for x in tensors], model.training
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda shape: .5 + torch.rand(shape, generator=rng)
+    for x in tensors: x.copy_(draw(x.shape))
+    image = draw((1, 3, 128, 128)).to(next(model.parameters()).device)
+    try: return model.eval()(image)
+    except RuntimeError: return None
+    finally:
+        for x, before in zip(tensors, kept): x.copy_(before)
+        model.train(training)
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    "Whether two results are the same up to rounding."
+    return a is not None and b is not None and torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.std())
 
 # %% ../nbs/08a_fast.ipynb #3d665734
 class ASPPByTaps(ASPP):
@@ -175,6 +201,12 @@ def fast_argmax(scores: torch.Tensor,  # (C, H, W), finite
     first = torch.add(order, gap, alpha=1e30).amax(0)
     return (C - 1 - first).to(torch.uint8)
 
+def fast_top_class(probs: torch.Tensor,  # (B, C, H, W)
+                  ) -> tuple[torch.Tensor, torch.Tensor]:  # float, int64: (B, H, W) each
+    "`top_class` in the same way."
+    dominant = torch.stack([fast_argmax(p) for p in probs])
+    return probs.amax(1), dominant.long()
+
 def fast_predicted_classes(logits: torch.Tensor,  # (B, C, h, w)
                            size,  # (H, W)
                           ) -> torch.Tensor:  # uint8 (B, H, W)
@@ -229,29 +261,30 @@ def fast_pseudo_supervision(teacher: MomentumNetwork,
                             hp: SelfSupervision = SelfSupervision(),
                             reduce=lambda x: x,    # takes a tensor to its mean over processes
                             gather=lambda x: x,    # takes (B, t, ...) to (B, T, ...)
-                            micro_batch: int = 0,  # views in one pass of the teacher; 0: all
                            ) -> tuple[torch.Tensor, torch.Tensor]:  # labels, confidence (B·t, H, W)
-    "`pseudo_supervision`, a group at a time: what stays is the dominant class and its confidence."
+    "`pseudo_supervision`, fused a group at a time."
     B, t, _, H, W = views.clean.shape
-    images = views.clean.flatten(0, 1)  # (B·t, 3, H, W)
-    parts = images.split(micro_batch or len(images))
-    logits = torch.cat([teacher(x) for x in parts])
-    logits = gather(logits.unflatten(0, (B, t)))  # (B, T, C, h, w)
-    shares, tops = [], []
-    for group, theta in zip(logits, views.theta):  # (T, C, h, w), (T, 2, 3)
-        probs = upsample(group.float(), (H, W)).softmax(1)  # (T, C, H, W)
-        shares.append(probs.mean((2, 3)))  # (T, C)
-        fused, _ = fuse(probs[None], theta[None], pool=hp.pool)  # (1, T, C, H, W)
-        mine = fused[0, views.mine]  # (t, C, H, W)
-        dominant = torch.stack([fast_argmax(x) for x in mine])  # (t, H, W)
-        tops.append((mine.amax(1), dominant.long()))
-    shares = torch.stack(shares)  # (B, T, C)
+    logits = teacher(views.clean.flatten(0, 1)).unflatten(0, (B, t))  # (B, t, C, h, w)
+    logits = gather(logits).float()  # (B, T, C, h, w)
+    probs = [upsample(group, (H, W)).softmax(1) for group in logits]  # (T, C, H, W) each
+    shares = torch.stack([p.mean((2, 3)) for p in probs])  # (B, T, C)
     prior.update(shares[..., None, None], reduce)  # as maps of one pixel
-    confidence, dominant = (torch.cat(x) for x in zip(*tops))  # (B·t, H, W) each
-    labels = keep_confident(confidence, dominant, prior.chi, hp.zeta, hp.beta, hp.floor)
+    results = []
+    for group, theta in zip(probs, views.theta):  # (T, C, H, W), (T, 2, 3)
+        fused, _ = fuse(group[None], theta[None], pool=hp.pool)  # (1, T, C, H, W)
+        mine = fused[0, views.mine]  # (t, C, H, W)
+        results.append(pseudo_labels(
+            mine, prior.chi, hp.zeta, hp.beta, hp.floor, top_class=fast_top_class))
+    labels, confidence = (torch.cat(x) for x in zip(*results))  # (B·t, H, W) each
     return labels, confidence
 
 # %% ../nbs/08a_fast.ipynb #a9de1cf1
+def in_parts(net: nn.Module,  # a network of which no gradient is asked
+             size: int,  # images in one pass
+            ):  # images -> logits
+    "The same network, a part of the batch at a time."
+    return lambda images: torch.cat([net(x) for x in images.split(size)])
+
 def micro_batched(size: int,  # images in one pass
                   no_sync=nullcontext,  # context of all passes but the last
                  ):  # a twin of `forward_backward`
@@ -289,10 +322,10 @@ def _checkpointed(net: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
     again = lambda: (nullcontext(), _still_statistics(net))
     return checkpoint(forward, x, use_reentrant=False, context_fn=again)
 
-def _in_parts(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+def _sequence_in_parts(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     "A sequence two convolutions at a time; a ReLU works in place, so no part may begin with one."
-    starts = [i for i, m in enumerate(net) if isinstance(m, nn.Conv2d)][::2]
-    for begin, end in zip(starts, [*starts[1:], len(net)]):
+    starts = [i for i, m in enumerate(net) if isinstance(m, nn.Conv2d)][2::2]
+    for begin, end in zip([0, *starts], [*starts, len(net)]):
         x = _checkpointed(net[begin:end], net[begin:end], x)
     return x
 
@@ -302,7 +335,7 @@ def checkpoint_gradients(model: nn.Module) -> nn.Module:
         if isinstance(m, (BasicBlock, Bottleneck)):
             m.forward = partial(_checkpointed, m, m.forward)
         elif isinstance(m, nn.Sequential) and sum(isinstance(n, nn.Conv2d) for n in m) > 2:
-            m.forward = partial(_in_parts, m)
+            m.forward = partial(_sequence_in_parts, m)
     return model
 
 # %% ../nbs/08a_fast.ipynb #bf5c1a0f

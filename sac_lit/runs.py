@@ -45,7 +45,7 @@ from .core import flush, lookup, progress, remove, Stopped, UserError, watched, 
 from .datasets import SegmentationDataset
 from .deeplabv2 import SegmentationModel
 from .ema_training import Execution, PLAIN
-from .fast import FAST, fast_crop_and_resize, fast_pseudo_supervision, micro_batched
+from .fast import FAST, fast_crop_and_resize, in_parts, micro_batched
 from .importance_sampling import epoch_index, StepSampler
 from .machine import bf16_speed, FASTER, keep_pages, threads_of_a_process
 from .views import collate, crop_and_resize, draw_sigma, NOISE
@@ -196,9 +196,10 @@ class Run(Processes, Log):
         no_sync = partial(self.accelerator.no_sync, model)
         how = replace(self.execution, no_sync=no_sync, reduce=self.reduce)
         if micro_batch:
-            supervise = partial(fast_pseudo_supervision, micro_batch=micro_batch)
-            passes = micro_batched(micro_batch, no_sync)
-            how = replace(how, forward_backward=passes, pseudo_supervision=supervise)
+            supervise, passes = how.pseudo_supervision, micro_batched(micro_batch, no_sync)
+            def supervise_in_parts(teacher, *args):
+                return supervise(in_parts(teacher, micro_batch), *args)
+            how = replace(how, forward_backward=passes, pseudo_supervision=supervise_in_parts)
         if share.peers: how = replace(how, gather=partial(self.gather_views, share=share))
         passes = partial(how.forward_backward, backward=self.accelerator.backward)
         return replace(how, forward_backward=passes)
@@ -234,7 +235,7 @@ def _tracker(name: str | None):
         f"--tracker {name}: not installed or not known to Accelerate; install it with pip, "
         f"or choose one of {', '.join(there) or 'none, as none is installed'}")
 
-# %% ../nbs/08c_runs.ipynb #63df3493
+# %% ../nbs/08c_runs.ipynb #d5e1aae2
 def use_machine(cfg: Config) -> Config:
     "Set threads and memory, and fill in the precision of a CPU, unless they are given."
     begun = _begun(cfg)

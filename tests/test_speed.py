@@ -34,6 +34,7 @@ from sac_lit.fast import (
     fast_pseudo_supervision,
     fold_bn,
     heads_by_taps,
+    in_parts,
     micro_batched,
     row_strips,
     speed_up,
@@ -118,8 +119,8 @@ def test_pseudo_supervision_a_group_at_a_time(pool, micro_batch):
         logits = teacher(views.clean.flatten(0, 1)).unflatten(0, (3, 4))
         gather = {"gather": lambda x: logits} if mine.start else {}           # of all processes
         plain, confidence = pseudo_supervision(teacher, priors[0], part, hp, **gather)
-        fast, quick = fast_pseudo_supervision(teacher, priors[1], part, hp, **gather,
-                                              micro_batch=micro_batch)
+        network = in_parts(teacher, micro_batch) if micro_batch else teacher
+        fast, quick = fast_pseudo_supervision(network, priors[1], part, hp, **gather)
         torch.testing.assert_close(quick, confidence, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(priors[0].chi, priors[1].chi, rtol=1e-4, atol=1e-7)
         assert fast.shape == plain.shape and (fast == plain).float().mean() > .999

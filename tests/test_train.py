@@ -196,7 +196,8 @@ def mixed(tmp_path_factory):
     return root
 
 
-FOLDERS = ("folder_cpu --arch deeplabv2_tiny --weights None --data.source-root day/images --data.source-labels day/labels "
+FOLDERS = ("folder_cpu --arch deeplabv2_tiny --weights None "
+           "--data.source-root day/images --data.source-labels day/labels "
            "--data.classes classes.txt --data.target-root dusk/images "
            "--data.val-root val/images --data.val-labels val/labels").split()
 STEPS = SMALL[SMALL.index("--abn.steps"):]
