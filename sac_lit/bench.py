@@ -64,9 +64,9 @@ from sac_lit.fast import (
     fast_cross_entropy,
     fast_predicted_classes,
     fast_pseudo_supervision,
-    in_parts,
     fold_bn,
     heads_by_taps,
+    in_parts,
     micro_batched,
     speed_up,
 )

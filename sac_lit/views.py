@@ -287,10 +287,11 @@ def target_views(images: torch.Tensor,    # uint8 (B, 3, H, W)
                  joint_scale=(1., 1.1),   # range of the zoom of the canvas into the image
                  frames: torch.Tensor | None = None,  # (B, 2): sizes without padding
                  resize=crop_and_resize,  # or its twin in 08a_fast
+                 cut_from: str = "canvas",  # or "image": crops keep the image's own detail
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The groups of images (section 3.2): the canvas and random crops, each flipped at random.
 
-    Views (B, T, 3, h, w) in [0, 1], their boxes, int64 (B, T, 4), and flips, bool (B, T)."""
+    Views (B, T, 3, h, w) in [0, 1], their boxes on the canvas (B, T, 4), flips, bool (B, T)."""
     frames = _frames(images, frames)
     draws = [_draw_group(rng, frame, size, num_crops, scale, joint_scale)
              for rng, frame in zip(generators, frames.tolist())]
@@ -298,6 +299,12 @@ def target_views(images: torch.Tensor,    # uint8 (B, 3, H, W)
     zooms, mirrored = torch.tensor(zooms), torch.tensor(mirrored)  # (B, 4), (B,)
     boxes, flips = torch.tensor(boxes), torch.stack(flips)  # (B, T, 4), (B, T)
     images, T = images.float() / 255, num_crops + 1
+    if cut_from == "image":
+        places, boxes = _in_the_image(boxes, zooms, mirrored, size)  # (B, T, 4) each
+        images = images[:, None].expand(-1, T, -1, -1, -1)
+        frames = frames[:, None].expand(-1, T, -1)
+        views = resize(images, places, size, flips ^ mirrored[:, None], frames=frames)
+        return views.clamp(0, 1), boxes, flips
     canvas = resize(images, zooms, size, mirrored, frames=frames).clamp(0, 1)
     canvas = canvas[:, None].expand(-1, T, -1, -1, -1)  # (B, T, 3, h, w)
     views = resize(canvas, boxes, size, flips)
@@ -319,6 +326,24 @@ def _random_part(rng: torch.Generator, share: float, frame) -> tuple[int, int, i
     "A random box with a share of a frame's height and width."
     height, width = (round(n * share) for n in frame)
     return random_box(rng, height, width, frame)
+
+# %% ../nbs/01b_views.ipynb #6c567fde
+def _in_the_image(boxes: torch.Tensor,     # of the views on the canvas, (B, T, 4)
+                  zooms: torch.Tensor,     # of the canvas in the image, (B, 4)
+                  mirrored: torch.Tensor,  # whether the canvas is, bool (B,)
+                  size,                    # of the canvas
+                 ) -> tuple[torch.Tensor, torch.Tensor]:  # int64, float32: (B, T, 4) each
+    "The same boxes in whole pixels of the image, and what these are on the canvas."
+    start, extent = zooms[:, None, :2], zooms[:, None, 2:]  # (B, 1, 2) each
+    scale = extent / torch.tensor(size)  # pixels of the image for one of the canvas
+    first = (boxes[..., :2] * scale).round()  # (B, T, 2), from the canvas's corner
+    last = ((boxes[..., :2] + boxes[..., 2:]) * scale).round()
+    length = (last - first).clamp(min=1)
+    on_canvas = torch.cat([first / scale, length / scale], -1)
+    other_way = extent[..., 1] - first[..., 1] - length[..., 1]  # from the right, (B, T)
+    left = torch.where(mirrored[:, None], other_way, first[..., 1])
+    first = torch.stack([first[..., 0], left], -1)
+    return torch.cat([start + first, length], -1).long(), on_canvas
 
 # %% ../nbs/01b_views.ipynb #8543bcef
 def draw_sigma(rng: torch.Generator, smallest: float = .1, largest: float = 2.) -> torch.Tensor:

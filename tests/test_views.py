@@ -287,6 +287,30 @@ def test_group_of_views(key, crops):
     for x, y in zip((views, boxes, flips), again): assert torch.equal(x, y[0])
 
 
+@FORMS
+@pytest.mark.parametrize("cut_from", ["canvas", "image"])
+def test_a_box_says_where_on_the_canvas_a_view_lies(cut_from, resize):
+    """On a ramp, a pixel's value is its place; the box must predict it to a fraction of a pixel."""
+    H, W, h, w = 120, 200, 32, 64
+    across = torch.linspace(0, 255, W).expand(H, W)
+    down = torch.linspace(0, 255, H)[:, None].expand(H, W)
+    images = torch.stack([across, down, across]).round().byte()[None].expand(6, -1, -1, -1)
+    rngs = [generator(0, "ramp", k) for k in range(6)]
+    views, boxes, flips = target_views(images, rngs, (h, w), joint_scale=(1., 1.5),
+                                       resize=resize, cut_from=cut_from)
+    x, y = torch.arange(w) + .5, torch.arange(h) + .5
+    for group, places, turned in zip(views, boxes, flips):
+        canvas = group[0].flip(-1) if turned[0] else group[0]
+        for channel, u, axis, middle in ((0, x, 1, w // 2), (1, y, 0, h // 2)):
+            line = canvas[channel].mean(1 - axis)
+            slope = (line[-5] - line[4]) / (u[-5] - u[4])
+            for view, box, flip in zip(group, places, turned):
+                seen = (view.flip(-1) if flip else view)[channel].mean(1 - axis)
+                place = box[axis] + u * box[axis + 2] / len(u)
+                expected = line[middle] + slope * (place - u[middle])
+                assert (seen - expected)[4:-4].abs().max() < .25 * slope.abs()
+
+
 def test_frequencies_of_the_draws():
     n = 800
     images = torch.zeros(n, 3, 16, 32, dtype=torch.uint8)
