@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from house import cells, NBS
 from jobs import log, train, weights
 
+from sac_lit import ema_training, fast
 from sac_lit.core import generator, lookup
 from sac_lit.crop_fusion import crop_theta, divide, POOLS
 from sac_lit.deeplabv2 import build_model
@@ -191,6 +192,24 @@ def test_a_loss_that_is_no_number_stops_before_the_optimizer(model, how, broken)
         side.step((images, labels, views))
     state = model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in side.model.state_dict().items())
+
+
+@pytest.mark.parametrize("how, module", [(PLAIN, ema_training), (FAST, fast)])
+@pytest.mark.parametrize("name", ["fuse", "pseudo_labels"])
+def test_the_equations_on_the_page_are_those_of_training(model, monkeypatch, how, module, name):
+    "Whoever changes `fuse` or `pseudo_labels` changes what is learnt."
+    def step():
+        prior = ClassPrior(19)
+        images, labels, views = batch(3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.)
+        return sac_step(model, MomentumNetwork(model), prior, optimizer, images, labels, views,
+                        SelfSupervision(zeta=.1), how)["accepted"].sum().item()
+    usual, there = step(), getattr(module, name)
+    def nothing(*args, **kwargs):
+        first, second = there(*args, **kwargs)
+        return (first * 0, second) if name == "fuse" else (first * 0 + 255, second)
+    monkeypatch.setattr(module, name, nothing)
+    assert usual > 0 and step() == 0
 
 
 def test_forward_backward_adds_to_gradients_that_are_there(model):
