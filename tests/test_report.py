@@ -19,12 +19,14 @@ from sac_lit.deeplabv2 import build_model
 from sac_lit.ema_training import MomentumNetwork, pseudo_supervision, Views
 from sac_lit.moving_threshold import ClassPrior
 from sac_lit.report import (
+    _verdict_html,
     figure_of_classes,
     figure_of_curves,
     figure_of_examples,
     figure_of_views,
     main,
     means_of,
+    PARTS,
     redraw_report,
     result_table,
     results,
@@ -211,6 +213,82 @@ def test_before_the_first_line(tmp_path, recwarn):
 def test_a_last_line_that_was_cut_off(run):
     with open(run.folder / "log.jsonl", "a") as f: f.write('{"event": "evaluation", "sta')
     assert write_report(run).exists()
+
+
+def test_sizes_are_told(run):
+    said = "Trained on 96 x 192 pixels, evaluated on images as they are on disk."
+    assert said in write_report(run).read_text()
+    run.cfg = replace(TOY, data=replace(TOY.data, eval_size=(180, 240)))
+    (run.folder / "model").mkdir()
+    (run.folder / "model" / "config.json").write_text('{"inference_size": [360, 480]}')
+    page = write_report(run).read_text()
+    assert "evaluated on 180 x 240 pixels; predict sees images at 360 x 480 pixels." in page
+
+
+def test_without_labels_there_is_no_score_to_wait_for(tmp_path):
+    run = open_by_hand(tmp_path / "a", TOY, [])
+    (run.folder / "seconds.json").write_text('{"abn": 60.0}')
+    page = write_report(run).read_text()
+    assert "No labelled images of the target were given" in page and "evaluat" not in page
+    assert len(pictures(page)) == 1 and "<table" not in page
+
+
+def test_names_come_from_the_network_where_their_file_is_gone(tmp_path):
+    cfg = replace(TOY, data=replace(TOY.data, classes=str(tmp_path / "gone.txt")))
+    run = open_by_hand(tmp_path / "a", cfg, [scores("abn", 1, "ab"), scores("sac", 2, "ab")])
+    build_model("deeplabv2_tiny", 2, names=("up", "down")).save_pretrained(run.folder / "model")
+    page = redraw_report(run.folder).read_text()
+    assert "<th>up</th>" in page and "<th>down</th>" in page
+
+
+# ---------------------------------------------------------------- verdict and parts
+
+VERDICT = {
+    "score": -.31234, "verdict": "worse", "text": "SAC is <less> steady than ABN.",
+    "classes": [{"name": "road", "what": "takes over"}, {"name": "<i>", "what": "vanishes"}],
+    "before": {"agreement_of_views": .71, "gone": .5, "list": [1]},
+    "after": {"agreement_of_views": .83, "entropy": float("nan"), "list": [2]}}
+
+
+def verdict_on(page):
+    box = re.search(r'<section class="verdict.*?</section>', page, re.S)
+    return box and re.sub(r"\s+", " ", box[0])
+
+
+def test_verdict_stands_at_the_top(run):
+    assert verdict_on(write_report(run).read_text()) is None
+    (run.folder / "verdict.json").write_text(json.dumps(VERDICT))
+    page = write_report(run).read_text()
+    box = verdict_on(page)
+    assert page.index("</h1>") < page.index("<section") < page.index("mIoU in %")
+    assert '<section class="verdict worse"' in box
+    said = "<b>Worse</b>, judged without labels (score -0.312): SAC is &lt;less&gt; steady"
+    assert said in box
+    assert "<b>road</b> takes over" in box and "<b>&lt;i&gt;</b> vanishes" in box
+    rows = re.findall(r"<tr><th>([^<]*)</th><td>(.*?)</td><td>(.*?)</td>", box)
+    assert rows == [("agreement of views", "0.71", "0.83"), ("gone", "0.5", "–")]
+
+
+@pytest.mark.parametrize("verdict, kind", [("better", "better"), ("cannot tell", "open")])
+def test_verdicts_without_classes_and_measures(run, verdict, kind):
+    (run.folder / "verdict.json").write_text(json.dumps({"verdict": verdict, "score": None}))
+    box = verdict_on(write_report(run).read_text())
+    assert f'class="verdict {kind}"' in box and f"<b>{verdict.capitalize()}</b>" in box
+    assert "<table" not in box and "<ul" not in box and "score" not in box
+
+
+def test_a_damaged_verdict_is_none(run):
+    for text in ("{", "[]", "{}"):
+        (run.folder / "verdict.json").write_text(text)
+        assert _verdict_html(run) == ""
+
+
+def test_parts_of_ones_own(run, tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text("def name(run): return f'<p>mine: {run.cfg.name}</p>'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(PARTS, "mine", "my_parts:name")
+    page = write_report(run).read_text()
+    assert page.index("</table>") < page.index("<p>mine: toy</p>") < page.index("<figure>")
 
 
 # ---------------------------------------------------------------- the command
