@@ -36,7 +36,7 @@ class DataConfig:
     source: str = "gta5"  # layout of the labelled source
     source_root: str = "data/gta5"  # folder of the source; with layout folder, of its images
     source_labels: str | None = None  # layout folder: label maps of the source
-    source_frames: str | None = None  # list of source images; released: the first 10 000 of GTA5
+    source_frames: str | None = None  # a list, or released: GTA5's first 10 000 (models saw 9000)
     source_size: tuple[int, int] | None = (1052, 1914)  # height and width of source images
     source_mean: tuple[float, float, float] = IMAGENET_MEAN  # mean that normalises source images
     source_std: tuple[float, float, float] = IMAGENET_STD  # and the standard deviation
@@ -54,6 +54,7 @@ class DataConfig:
     workers: int = 4  # processes that decode images, for each that trains; never change a result
     cache: str | None = None  # folder for decoded training images; None: decode them each time
     timeout: int = 600  # seconds after which a worker that delivers nothing ends the run
+    camvid: bool = False  # find CamVid below source_root, or in the usual places, or download it
     toy: bool = False  # write the toy city to both folders if it is not there
     toy_train: int = 400  # images of the toy city for training, in each domain
     toy_val: int = 100  # target images of the toy city for validation
@@ -94,6 +95,7 @@ class SACConfig(OptimConfig):
     source_jitter: float = 0.  # strength of the source's colour jitter
     view_scale: tuple[float, float] = (.5, 1.)  # size of a view as a share of the canvas
     joint_scale: tuple[float, float] = (1., 1.1)  # zoom of the whole group
+    views_from: Literal["canvas", "image"] = "canvas"  # crops as released, or as in the text
     noise: tuple[str, ...] = ("blur", "jitter", "grey")  # on the student's views
     blur: float = 2.  # largest standard deviation of the student's blur, in pixels
     gamma_chi: float = .99  # momentum of the class prior (eq. 2)
@@ -282,11 +284,17 @@ _FOLDER = Config(
     sac=SACConfig(steps=20_000, period=20, loss=SelfSupervision(floor=.2)))
 
 _SMALL = (180, 240)  # height and width
-_FOLDER_CPU = replace(
-    TOY, name="folder_cpu",
+_FOLDER_CPU = Config(
+    name="folder_cpu", arch="deeplabv2_timm", encoder="tf_efficientnet_lite0",
+    log_every=25, eval_every=100, checkpoint_every=100,
     data=replace(_FOLDER.data, source_size=_SMALL, target_size=_SMALL, eval_size=_SMALL, workers=1),
-    abn=replace(TOY.abn, crop=_SMALL, scale=(.8, 1.6), jitter=.2),
-    sac=replace(TOY.sac, crop=_SMALL, source_scale=(.8, 1.6)))
+    abn=ABNConfig(
+        optimizer="adam", lr=1e-3, head_lr=1., schedule="poly", steps=400,
+        source_batch=8, target_batch=8, crop=_SMALL, scale=(.8, 1.6), jitter=.2),
+    sac=replace(
+        TOY.sac, crop=_SMALL, source_scale=(.8, 1.6), steps=300, lr=4e-4, head_lr=1.))
+
+_CAMVID = replace(_FOLDER_CPU, name="camvid", data=replace(_FOLDER_CPU.data, camvid=True))
 
 PRESETS = {  # description and configuration of every preset, by name
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
@@ -305,13 +313,15 @@ PRESETS = {  # description and configuration of every preset, by name
     "folder": (
         "Your own folders: labelled images of one kind, unlabelled images of another.", _FOLDER),
     "folder_cpu": (
-        "The same on a CPU: the toy's small network and schedule, at 180 x 240 pixels.",
-        _FOLDER_CPU)}
+        "The same on a CPU: a small encoder that has seen ImageNet, at 180 x 240 pixels.",
+        _FOLDER_CPU),
+    "camvid": (
+        "CamVid, from day to dusk: real photographs, found or downloaded.", _CAMVID)}
 
 # %% ../nbs/08b_config.ipynb #15850326
 MAY_CHANGE = {  # settings that do not decide the results, and may change when a run goes on
     "runs", "fresh", "checkpoints", "log_every", "eval_every", "checkpoint_every", "when_full",
-    "gradient_checkpointing", "tracker", "stages", "data.workers", "data.timeout", "data.cache"}
+    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout", "data.cache"}
 
 def _flat(values: dict, prefix: str = ""):
     "Pairs of dotted name and value in a nested dictionary."
