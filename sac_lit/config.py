@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'CHOICES', 'TOY_DATA', 'TOY', 'TOY_LONG', 'PRESETS', 'MAY_CHANGE', 'SUBSETS', 'DataConfig', 'OptimConfig',
-           'ABNConfig', 'SACConfig', 'Config', 'Stage', 'Choice', 'check_config', 'released_config', 'settings',
-           'differences', 'class_names', 'absent_classes', 'load_config', 'check_same']
+           'ABNConfig', 'SACConfig', 'Config', 'Stage', 'Choice', 'long_options', 'check_config', 'load_stages',
+           'class_names', 'absent_classes', 'released_config', 'settings', 'differences', 'load_config', 'check_same']
 
 # %% ../nbs/08b_config.ipynb #5f6679e4
 import dataclasses
@@ -21,13 +21,20 @@ import torch.nn as nn
 import tyro
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 
-from .core import lookup, NAMES, subset, UserError
+from .core import generator, lookup, NAMES, subset, UserError
 from .crop_fusion import POOLS
 from .datasets import find_layout, Layout, LAYOUTS, read_classes
 from .deeplabv2 import ARCHS
 from .ema_training import SelfSupervision
 from .focal_loss import CONFIDENCES
-from .views import Augmentation, IMAGENET_MEAN, IMAGENET_STD, matching_statistics, NOISE
+from sac_lit.views import (
+    Augmentation,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    matching_statistics,
+    NOISE,
+    photometric_noise,
+)
 
 # %% ../nbs/08b_config.ipynb #5c3999d4
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ class Stage(NamedTuple):
 class _StageTable(dict):
     "Stages by name; one of the user's own, `module:STAGE`, enters when it is first asked for."
     def __missing__(self, name: str) -> Stage:
+        _check_name("stages", CHOICES["stages"], name, Config())
         self[name] = lookup(self, name, "stages")
         return self[name]
 
@@ -162,47 +170,81 @@ class Choice(NamedTuple):
     "A setting that names an entry of a table."
     table: dict     # entries by name
     own: str        # what can be given in place of a name
-    fits: Callable  # whether an object is that; it may also raise an error that says why not
+    fits: Callable  # whether an object is that, in a run: (object, Config) -> bool; it may also
+                    # raise an error that says why not
 
-def _is_pool(pool) -> bool:
-    "Whether a function pools views: tried on two views of three classes."
-    canvas, seen = pool(torch.full((1, 2, 3, 4, 4), 1 / 3), torch.ones(1, 2, 1, 4, 4))
-    return canvas.shape == (1, 3, 4, 4) and seen.shape == (1, 1, 4, 4)
+def _is_pool(pool, cfg: Config) -> bool:
+    "Whether a function pools views: tried on as many views and classes as a run has."
+    B, T, C = 2, cfg.sac.num_crops + 1, len(class_names(cfg))
+    h, w = (min(side, 128) for side in cfg.sac.crop)  # at most a corner
+    canvas, seen = pool(torch.full((B, T, C, h, w), 1 / C), torch.ones(B, T, 1, h, w))
+    return canvas.shape == (B, C, h, w) and seen.shape == (B, 1, h, w)
 
-def _is_confidence(confidence) -> bool:
-    "Whether a function weights pixels: tried on a batch of two maps."
-    weight = confidence(torch.ones(2, 4, 4), reduce=lambda x: x)
-    return weight.shape == (2, 4, 4)
+def _is_confidence(confidence, cfg: Config) -> bool:
+    "Whether a function weights pixels: called as `sac_step` does, with a batch of two maps."
+    weight = confidence(torch.ones(2, 4, 6), lambda x: x)
+    return weight.shape == (2, 4, 6)
 
-def _is_stage(stage) -> bool:
-    "Whether an object is a `Stage` whose function can be imported."
-    return isinstance(stage, Stage) and callable(lookup({}, stage.train, "stages"))
+def _is_noise(noise, cfg: Config) -> bool:
+    "Whether an object is an `Augmentation`: tried on two small images."
+    if not isinstance(noise, Augmentation) or not 0 <= noise.p <= 1: return False
+    images, rngs = torch.full((2, 3, 8, 8), .5), [generator(0, "own noise", i) for i in range(2)]
+    photometric_noise(images, rngs, {"own": noise._replace(p=1.)})
+    amounts = torch.stack([noise.draw(rng) for rng in rngs])  # (2, K)
+    return noise.apply(images, amounts).shape == images.shape
+
+# %% ../nbs/08b_config.ipynb #b1aa21f8
+_IN_A_RUN = {"best_by_target_labels", "checkpoints", "figures", "momentum"}  # other folders
+
+def _is_stage(stage, cfg: Config) -> bool:
+    "Whether an object is a `Stage` that can be trained beside those that are in the table."
+    if not isinstance(stage, Stage): return False
+    titles = {"gain", *(other.title for other in STAGES.values())}
+    folders = _IN_A_RUN | {other.folder for other in STAGES.values()}
+    if stage.title in titles: raise UserError(f"the title {stage.title} is taken")
+    if stage.folder in folders: raise UserError(f"the folder {stage.folder} is taken")
+    if Path(stage.folder).name != stage.folder:
+        raise UserError(f"{stage.folder!r} is no name of a folder")
+    if not isinstance(getattr(Config(), stage.settings, None), OptimConfig):
+        raise UserError(f"its settings are {stage.settings}, not abn or sac")
+    return callable(lookup({}, stage.train, "stages"))
 
 # %% ../nbs/08b_config.ipynb #fcd6f015
-_LAYOUT = Choice(LAYOUTS, "a Layout as module:NAME", lambda x: isinstance(x, Layout))
+_LAYOUT = Choice(LAYOUTS, "a Layout as module:NAME", lambda x, cfg: isinstance(x, Layout))
 
 CHOICES = {  # the tables from which settings choose, by the setting's dotted name
-    "arch": Choice(ARCHS, "a torch.nn.Module as module:Class", lambda x: issubclass(x, nn.Module)),
+    "arch": Choice(ARCHS, "a torch.nn.Module as module:Class",
+                   lambda x, cfg: issubclass(x, nn.Module)),
     "stages": Choice(STAGES, "a Stage as module:STAGE", _is_stage),
     "data.source": _LAYOUT,
     "data.target": _LAYOUT,
-    "sac.noise": Choice(NOISE, "an Augmentation as module:NAME",
-                        lambda x: isinstance(x, Augmentation)),
+    "sac.noise": Choice(
+        NOISE, "an Augmentation as module:NAME, which takes images (N, 3, h, w) and amounts "
+        "(N, K) to images of that shape", _is_noise),
     "sac.loss.pool": Choice(
         POOLS, "module:function, which takes (B, T, C, H, W) and weights (B, T, 1, H, W) to "
         "(B, C, H, W) and (B, 1, H, W)", _is_pool),
     "sac.loss.confidence": Choice(
-        CONFIDENCES, "module:function, which takes (B, H, W) to weights of that shape",
-        _is_confidence),
-    "tracker": Choice(LOGGER_TYPE_TO_CLASS, "a GeneralTracker of accelerate as module:Class",
-                      lambda x: issubclass(x, GeneralTracker))}
+        CONFIDENCES, "module:function, which takes (B, H, W), and a function that averages over "
+        "processes, to weights of that shape", _is_confidence),
+    "tracker": Choice(
+        LOGGER_TYPE_TO_CLASS, "a GeneralTracker of accelerate as module:Class, made without "
+        "arguments", lambda x, cfg: issubclass(x, GeneralTracker))}
 
 # %% ../nbs/08b_config.ipynb #b37bec9a
+_SHORT = {"--pool": "--sac.loss.pool"}  # a short form of an option -> its name
+
+def long_options(words: list[str]) -> list[str]:
+    "The words of a command line, with the short forms of options written out."
+    parts = [word.partition("=") for word in words]
+    return [_SHORT.get(option, option) + equals + value for option, equals, value in parts]
+
 def _list_names(option: str, choice: Choice) -> None:
     "Let the help of a setting list the names from which it chooses."
     cls, (*path, name) = Config, option.split(".")
     for part in path: cls = typing.get_type_hints(cls)[part]
     names = f"one of {', '.join(choice.table)}, or {choice.own}"
+    names = "".join(f"short: {s}; " for s, long in _SHORT.items() if long == f"--{option}") + names
     hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}; {names})")
     cls.__annotations__[name] = Annotated[cls.__annotations__[name], hint]
 
@@ -216,22 +258,44 @@ def check_config(cfg: Config) -> None:
         if value < 1:
             flag = option.replace("_", "-")
             raise UserError(f"--{flag} {value}: give a number of at least 1")
+    classes = class_names(cfg)
+    load_stages(cfg.stages)
     for option, choice in CHOICES.items():
         value = attrgetter(option)(cfg)
         names = value if isinstance(value, tuple) else (value,)
         for name in names:
-            if name is not None: _check_name(option, choice, name)
+            if name is not None: _check_name(option, choice, name, cfg)
+    find_layout(cfg.data.target, option="data.target")
+    absent_classes(cfg.data.source, classes)
 
-def _check_name(option: str, choice: Choice, name: str) -> None:
+def load_stages(names) -> None:
+    "Put stages of the user's own, `module:STAGE`, into the table. `UserError` where one is gone."
+    for name in names: STAGES[name]
+
+def _check_name(option: str, choice: Choice, name: str, cfg: Config) -> None:
     "Raises `UserError` where a name leads to nothing, or to something of another kind."
     known = name in choice.table
     entry = lookup(choice.table, name, option)
     if known: return
     why = ""
-    try: fits = choice.fits(entry)
+    try: fits = choice.fits(entry, cfg)
     except Exception as e:  # what is not ours may raise anything
-        fits, why = False, f" ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+        fits, why = False, f" ({kind}{' '.join(str(e).split())[:200]})"
     if not fits: raise UserError(f"--{option} {name}: does not fit{why}; give {choice.own}")
+
+def class_names(cfg: Config) -> tuple[str, ...]:
+    "The classes of a run."
+    return read_classes(cfg.data.classes) if cfg.data.classes else NAMES
+
+def absent_classes(source: str, names=NAMES) -> tuple[int, ...]:
+    "Train ids that a source does not have, by its layout. `UserError` for what is no class."
+    absent = find_layout(source, option="data.source").absent
+    unknown = [name for name in absent if name not in names]
+    if unknown:
+        raise UserError(f"--data.source {source}: {unknown[0]} is absent there, but is none of the "
+                        "run's classes; call it as they do, or leave it out of the layout's absent")
+    return tuple([*names].index(name) for name in absent)
 
 # %% ../nbs/08b_config.ipynb #0263555e
 TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed
@@ -321,7 +385,8 @@ PRESETS = {  # description and configuration of every preset, by name
 # %% ../nbs/08b_config.ipynb #15850326
 MAY_CHANGE = {  # settings that do not decide the results, and may change when a run goes on
     "runs", "fresh", "checkpoints", "log_every", "eval_every", "checkpoint_every", "when_full",
-    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout", "data.cache"}
+    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout",
+    "data.cache"}
 
 def _flat(values: dict, prefix: str = ""):
     "Pairs of dotted name and value in a nested dictionary."
@@ -343,14 +408,6 @@ def differences(there: dict, here: dict) -> str:
 SUBSETS = {  # train ids over which the shorter means are taken, by title
     f"mean of {n}": subset(n) for n in (16, 13)}
 
-def class_names(cfg: Config) -> tuple[str, ...]:
-    "The classes of a run."
-    return read_classes(cfg.data.classes) if cfg.data.classes else NAMES
-
-def absent_classes(source: str) -> tuple[int, ...]:
-    "Train ids that a source does not have, by its layout."
-    return tuple(NAMES.index(name) for name in find_layout(source).absent)
-
 # %% ../nbs/08b_config.ipynb #74fd8d85
 def _from_dict(cls, values: dict):
     "A (nested) dataclass from the dictionary that `dataclasses.asdict` and JSON made of it."
@@ -365,14 +422,21 @@ def _from_dict(cls, values: dict):
 def load_config(folder: Path) -> Config:
     "The configuration of a run. Raises `UserError` where the folder holds none."
     path = folder / "config.json"
-    try: return _from_dict(Config, json.loads(path.read_text())["config"])
+    try: return _from_dict(Config, _saved(folder))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); "
                         "give the folder of a run, such as runs/toy") from e
 
+def _saved(folder: Path) -> dict:
+    "The configuration of a run as it was written, perhaps by another version."
+    return json.loads((folder / "config.json").read_text())["config"]
+
 def check_same(folder: Path, cfg: Config) -> None:
     "Raises `UserError` where the run in a folder has other settings that decide its result."
     other = differences(settings(load_config(folder)), settings(cfg))
-    if other:
-        raise UserError(f"{folder} holds a run of another configuration ({other}); "
-                        "give another --name, or --fresh to start over")
+    if not other: return
+    there, here = (dict(_flat(values)) for values in (_saved(folder), dataclasses.asdict(cfg)))
+    version = ", begun with another version, which this one cannot continue"
+    if there.keys() == here.keys(): version = ""
+    raise UserError(f"{folder} holds a run of another configuration ({other}){version}; "
+                    "give another --name, or --fresh to start over")

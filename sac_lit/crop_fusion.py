@@ -144,8 +144,9 @@ def _pooled(pool: str, weighted: torch.Tensor, weight: torch.Tensor):
     "What a pool makes of the views. Raises `UserError` where it is no pool."
     function = lookup(POOLS, pool, "pool")
     try: result = function(weighted, weight)
-    except TypeError as e:
-        problem = str(e).splitlines()[0]
+    except torch.OutOfMemoryError: raise                # not the pool's fault
+    except Exception as e:                              # your own may raise anything
+        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"--pool {pool}: cannot be called ({problem}); give {_POOL}") from e
     B, _, C, H, W = weighted.shape
     expected = [(B, C, H, W), (B, 1, H, W)]

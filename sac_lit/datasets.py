@@ -78,18 +78,42 @@ LAYOUTS = {  # all layouts, by the name that the command line takes
 def find_layout(name: str,  # a key of `LAYOUTS`, or `module:name` of your own
                 split: str | None = None,    # the part to read, if it has parts
                 folder: Path | None = None,  # where its label files are
+                option: str = "layout",      # that gave the name, for sentences
                ) -> Layout:
     "A layout, in the form that its label files have. `UserError` if there is none."
-    layout = lookup(LAYOUTS, name, "layout")
+    layout = lookup(LAYOUTS, name, option)
     if not all(hasattr(layout, field) for field in Layout._fields):
         kind = type(layout).__name__
-        raise UserError(f"--layout {name}: is of type {kind}; "
+        raise UserError(f"--{option} {name}: is of type {kind}; "
                         "give module:name of a `Layout`")
+    if wrong := _mistake(layout): raise UserError(f"--{option} {name}: {wrong}")
     if split: layout = layout.at(split)
     other = layout.otherwise
     if not folder or not other: return layout
     if any(layout.label_files(folder)): return layout
     return other if any(other.label_files(folder)) else layout
+
+_STAR = r"\*\*/|\*"  # any folders, or any name
+
+def _mistake(layout: Layout) -> str:
+    "What cannot be right in a layout, and what to do; empty where nothing is wrong."
+    for pattern in (layout.images, layout.labels):
+        if not isinstance(pattern, str) or not pattern or pattern[0] == "/":
+            return f"{pattern!r} is no pattern; give one below the root, such as img/*.png"
+    images, labels = (len(re.findall(_STAR, p)) for p in (layout.images, layout.labels))
+    if labels > images:
+        return f"{labels} stars in labels, but {images} in images; each needs its own there"
+    if layout.ids is not None and not isinstance(layout.ids, dict):
+        return "its ids are no dictionary; give one of number: train id"
+    for number, train_id in (layout.ids or {}).items():
+        if not (_up_to(65535, number) and _up_to(255, train_id)):
+            return (f"ids takes {number!r} to {train_id!r}; give numbers from 0 to 65535, "
+                    "and train ids from 0 to 254, or 255 for no class")
+    return _mistake(layout.otherwise) if layout.otherwise else ""
+
+def _up_to(largest: int, value) -> bool:
+    "Whether a value is an integer from 0 to a largest one."
+    return isinstance(value, (int, np.integer)) and 0 <= value <= largest
 
 # %% ../nbs/01_datasets.ipynb #5b471c9d
 class FileError(UserError):
@@ -279,14 +303,13 @@ def _label_paths(layout: Layout,
                  folder: Path,  # of the labels, often the same
                 ) -> list[Path]:
     "Where the label file of each image should be."
-    star = r"\*\*/|\*"                                # any folders, or any name
     groups = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)"}
-    parts = re.split(f"({star})", layout.images)
+    parts = re.split(f"({_STAR})", layout.images)
     pattern = re.compile("".join(groups.get(p) or re.escape(p) for p in parts))
     def label_of(image):
         name = image.relative_to(root).as_posix()
         texts = iter(pattern.fullmatch(name).groups())
-        return folder/re.sub(star, lambda _: next(texts), layout.labels)
+        return folder/re.sub(_STAR, lambda _: next(texts), layout.labels)
     return [label_of(image) for image in images]
 
 # %% ../nbs/01_datasets.ipynb #8d12e6b0

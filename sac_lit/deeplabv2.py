@@ -235,7 +235,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         self.backbone = _build_backbone(arch, num_classes, encoder)
         self.encoder = getattr(self.backbone, "encoder_name", None)
         self.stride = _output_stride(self.backbone, arch, num_classes)
-        self.new = getattr(self.backbone, "new", ())     # layers that ImageNet does not know
+        self.new = _new_layers(self.backbone, arch)      # layers that ImageNet does not know
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.backbone(images)
@@ -252,6 +252,15 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         except UserError as e: raise UserError(f"{folder}: {e}") from e
         except _LOADING_ERRORS as e:
             raise UserError(f"{folder}: {place} ({_in_a_line(e)}); {_ADVICE}") from e
+
+def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
+    "How the names of new layers begin, if a network says so. `UserError` for what is no name."
+    new = getattr(backbone, "new", ())
+    if isinstance(new, str): return (new,)
+    if isinstance(new, (tuple, list)) and all(isinstance(name, str) for name in new):
+        return tuple(new)
+    raise UserError(f"--arch {arch}: its attribute new is of type {type(new).__name__}; give a "
+                    "tuple of the beginnings of layers' names, such as ('head.',)")
 
 def _class_names(names, num_classes: int) -> tuple[str, ...]:
     "The names given, or the usual ones."

@@ -17,7 +17,16 @@ from typing import Annotated, NamedTuple
 import pandas as pd
 import tyro
 
-from .config import check_same, Config, DataConfig, load_config, STAGES, TOY
+from sac_lit.config import (
+    check_same,
+    Config,
+    DataConfig,
+    load_config,
+    load_stages,
+    long_options,
+    STAGES,
+    TOY,
+)
 from .core import clean_exit, lookup, UserError, written_aside
 from .runs import Run
 from .train import train
@@ -78,7 +87,7 @@ def variant(first: Config,      # `Study.start`: pretraining, with its name and 
     suffix = re.sub(r"[^\w.-]+", "_", options).strip("-") or "sac"
     joint = replace(first.sac, start=str(network))
     base = replace(first, name=f"{first.name}_{suffix}", stages=("sac",), sac=joint)
-    return tyro.cli(Config, args=options.split(), default=base)
+    return tyro.cli(Config, args=long_options(options.split()), default=base)
 
 # %% ../nbs/11_experiments.ipynb #e3855735
 def trained(cfg: Config) -> Run:
@@ -87,6 +96,7 @@ def trained(cfg: Config) -> Run:
     done = all((folder / STAGES[stage].folder).exists() for stage in cfg.stages)
     if not done: return train(cfg)
     there = load_config(folder)
+    load_stages(there.stages)                                  # its report has a column for each
     precision = there.mixed_precision                          # None has become what it stood for
     check_same(folder, replace(cfg, mixed_precision=precision))
     return Run(cfg=there, accelerator=None, folder=folder)

@@ -230,10 +230,19 @@ def _tracker(name: str | None):
     "What Accelerate logs to: a tracker of its own by name, or an object of the user's class."
     there = [str(tracker) for tracker in get_available_trackers()]
     if name is None or name in there: return name
-    if name not in LOGGER_TYPE_TO_CLASS: return lookup(LOGGER_TYPE_TO_CLASS, name, "tracker")()
+    if name not in LOGGER_TYPE_TO_CLASS: return _own_tracker(name)
     raise UserError(
         f"--tracker {name}: not installed or not known to Accelerate; install it with pip, "
         f"or choose one of {', '.join(there) or 'none, as none is installed'}")
+
+def _own_tracker(name: str):
+    "An object of the user's class. Raises `UserError` where it cannot be made without arguments."
+    tracker = lookup(LOGGER_TYPE_TO_CLASS, name, "tracker")
+    try: return tracker()
+    except Exception as e:  # what is not ours may raise anything
+        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"--tracker {name}: cannot be made without arguments ({problem}); "
+                        "give a class whose __init__ needs none") from e
 
 # %% ../nbs/08c_runs.ipynb #d5e1aae2
 def use_machine(cfg: Config) -> Config:

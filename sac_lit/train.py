@@ -24,7 +24,15 @@ from safetensors.torch import load_file, save_file
 # %% ../nbs/09_train.ipynb #1mp0rt50
 from . import report
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
-from .config import ABNConfig, absent_classes, Config, PRESETS, SACConfig, STAGES
+from sac_lit.config import (
+    ABNConfig,
+    absent_classes,
+    Config,
+    long_options,
+    PRESETS,
+    SACConfig,
+    STAGES,
+)
 from sac_lit.core import (
     clean_exit,
     generator,
@@ -285,7 +293,7 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     network = freeze_bn(_starting_network(run, data["source"].names))
     if not run.cfg.plain: speed_up(network)
     frequency = target_frequencies(run, network, data["target"])  # (N, C)
-    absent = absent_classes(run.cfg.data.source)
+    absent = absent_classes(run.cfg.data.source, network.names)
     weights = sampling_weights(frequency, c.uniform, absent)  # (C, N)
     momentum, teacher = _teacher(run, network)
     prior = ClassPrior(network.num_classes, c.gamma_chi, c.loss.beta).to(run.device)
@@ -411,12 +419,9 @@ def _say_results(run: Run, data: dict) -> None:
 
 # %% ../nbs/09_train.ipynb #570adfd1
 #| code-fold: true
-_SHORT = {"--pool": "--sac.loss.pool"}  # a short form of an option -> its name
-
 def main(argv: list[str] | None = None) -> None:
     "The command line: `[preset] [--option value ...]`, or `report FOLDER`."
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [_SHORT.get(word, word) for word in argv]
+    argv = long_options(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]: return report.main(argv[1:])
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["toy", *argv]

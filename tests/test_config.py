@@ -10,6 +10,7 @@ import typing
 from dataclasses import replace
 
 import pytest
+import tyro
 from house import cells, LIB, NBS
 
 from sac_lit import config
@@ -21,6 +22,8 @@ from sac_lit.config import (
     Config,
     differences,
     load_config,
+    load_stages,
+    long_options,
     MAY_CHANGE,
     PRESETS,
     settings,
@@ -29,6 +32,7 @@ from sac_lit.config import (
     TOY,
 )
 from sac_lit.core import UserError
+from sac_lit.deeplabv2 import SegmentationModel
 from sac_lit.train import main
 
 OWN = """
@@ -45,17 +49,52 @@ def median(weighted, weight):
 
 def views(weighted, weight): return weighted, weight
 
-def halves(confidence, reduce=None): return confidence / 2
+def three(weighted, weight):
+    assert weighted.shape[2] == 3, "three classes only"
+    return weighted.sum(1), weight.sum(1)
+
+def halves(confidence, average): return confidence / 2
 
 def one(confidence, reduce=None): return confidence.mean()
+
+def alone(confidence): return confidence
+
+def keyword(confidence, *, reduce): return confidence
+
+class Listed(torch.nn.Module):
+    new = ["head."]
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 4, 1)
+        self.head = torch.nn.Conv2d(4, num_classes, 1)
+    def forward(self, x): return self.head(self.body(x))
+
+class Named(Listed): new = "head."
+
+class Layered(Listed): new = torch.nn.Conv2d(1, 1, 1)
 
 class Tracker(GeneralTracker):
     name, requires_logging_directory, tracker = "own", False, None
 
-NOISE = Augmentation(.5, lambda rng: torch.rand(1, generator=rng), lambda x, amount: x)
+def draw(rng): return torch.rand(1, generator=rng)
+
+NOISE = Augmentation(.5, draw, lambda x, amounts: x)
+ONE_ARGUMENT = NOISE._replace(apply=lambda x: x)
+NUMBER = NOISE._replace(draw=lambda rng: .5)
+SMALLER = NOISE._replace(apply=lambda x, amounts: x[:1])
+OFTEN = NOISE._replace(p="often")
 LAYOUT = Layout("*.png", "labels/*.png", absent=("train",))
+STARS = Layout("*.png", "*/*.png")
+UNICORN = Layout("*.png", "labels/*.png", absent=("unicorn",))
 STAGE = Stage("own", "model_own", "abn", "own_things:train_own")
-LOST = Stage("own", "model_own", "abn", "own_things:nothing")
+AGAIN = STAGE._replace(title="again")
+LOST = STAGE._replace(train="own_things:nothing")
+SAME_FOLDER = STAGE._replace(folder="model")
+SAME_TITLE = STAGE._replace(title="SAC")
+MOMENTUM = STAGE._replace(folder="momentum")
+BELOW = STAGE._replace(folder="models/own")
+NO_SETTINGS = STAGE._replace(settings="own")
+SEED = STAGE._replace(settings="seed")
 
 def train_own(run, stage, data): pass
 """
@@ -172,6 +211,79 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(own, option):
     assert text.endswith(f"; give {CHOICES[option].own}")
 
 
+@pytest.mark.parametrize("option, name, words", [
+    ("stages", "SAME_FOLDER", "the folder model is taken"),
+    ("stages", "SAME_TITLE", "the title SAC is taken"),
+    ("stages", "MOMENTUM", "the folder momentum is taken"),
+    ("stages", "BELOW", "'models/own' is no name of a folder"),
+    ("stages", "NO_SETTINGS", "its settings are own, not abn or sac"),
+    ("stages", "SEED", "its settings are seed, not abn or sac"),
+    ("sac.noise", "ONE_ARGUMENT", "TypeError"),
+    ("sac.noise", "NUMBER", "TypeError"),
+    ("sac.noise", "SMALLER", "does not fit; give an Augmentation"),
+    ("sac.noise", "OFTEN", "TypeError"),
+    ("sac.loss.confidence", "alone", "takes 1 positional argument but 2 were given"),
+    ("sac.loss.confidence", "keyword", "takes 1 positional argument but 2 were given"),
+    ("sac.loss.pool", "three", "AssertionError: three classes only")])
+def test_what_fails_in_training_is_found_before(own, option, name, words):
+    "A use that training makes of it is tried; a table without it stays as it is."
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        check_config(changed(TOY, option, f"{own}:{name}"))
+    text = str(error.value)
+    assert text.startswith(f"--{option} {own}:{name}: does not fit") and "\n" not in text
+    assert f"{own}:{name}" not in STAGES
+
+
+def test_a_pool_is_tried_with_the_classes_of_the_run(own, tmp_path):
+    (tmp_path / "classes.txt").write_text("a\nb\nc")
+    cfg = changed(TOY, "sac.loss.pool", f"{own}:three")
+    check_config(changed(cfg, "data.classes", str(tmp_path / "classes.txt")))
+
+
+@pytest.mark.parametrize("option", ["data.source", "data.target"])
+def test_a_layout_that_cannot_be_right_is_refused(own, option):
+    with pytest.raises(UserError, match=f"--{option} {own}:STARS: 2 stars in labels, but 1"):
+        check_config(changed(TOY, option, f"{own}:STARS"))
+
+
+def test_absent_classes_are_classes_of_the_run(own, tmp_path):
+    cfg = changed(TOY, "data.source", f"{own}:UNICORN")
+    words = f"--data.source {own}:UNICORN: unicorn is absent there, but is none of the run's"
+    with pytest.raises(UserError, match=words): check_config(cfg)
+    (tmp_path / "classes.txt").write_text("horse\nunicorn")
+    check_config(changed(cfg, "data.classes", str(tmp_path / "classes.txt")))
+    assert absent_classes(f"{own}:UNICORN", ("horse", "unicorn")) == (1,)
+
+
+def test_stages_of_the_users_own_do_not_meet(own):
+    "Two with one folder in one command; and a stage is loaded by its name, or refused."
+    both = replace(TOY, stages=("sac", f"{own}:STAGE", f"{own}:AGAIN"))
+    with pytest.raises(UserError, match="AGAIN: does not fit .*the folder model_own is taken"):
+        check_config(both)
+    check_config(replace(TOY, stages=(f"{own}:STAGE",)))
+    load_stages(TOY.stages)
+    with pytest.raises(UserError, match="--stages gone:STAGE: cannot be imported"):
+        load_stages(["gone:STAGE"])
+
+
+@pytest.mark.parametrize("name", ["Listed", "Named"])
+def test_new_layers_are_a_name_or_several(own, name):
+    assert SegmentationModel(f"{own}:{name}", 2).new == ("head.",)
+
+
+def test_new_layers_that_are_no_names_are_refused(own):
+    with pytest.raises(UserError, match=f"--arch {own}:Layered: its attribute new is of type Conv"):
+        SegmentationModel(f"{own}:Layered", 2)
+
+
+@pytest.mark.parametrize("short", ["--pool median", "--pool=median"])
+def test_short_forms_of_options(short, help_text):
+    assert tyro.cli(Config, args=long_options(short.split())).sac.loss.pool == "median"
+    others = ["--pooled=1", "a=b", "--sac.noise"]
+    assert long_options(others) == others
+    assert "short: --pool;" in help_text.partition(" --sac.loss.pool ")[2][:200]
+
+
 @pytest.mark.parametrize("option", CHOICES)
 def test_what_cannot_be_imported_is_refused(option):
     with pytest.raises(UserError, match="cannot be imported"):
@@ -239,7 +351,7 @@ def test_settings_are_plain_values_that_decide():
 
 
 def test_differences_name_three_at_most():
-    assert differences(settings(TOY), settings(replace(TOY, keep=7, data=TOY.data))) == ""
+    assert differences(settings(TOY), settings(replace(TOY, checkpoints=7, data=TOY.data))) == ""
     text = differences(settings(TOY), settings(PRESETS["gta5_vgg16"][1]))
     assert text.count(" there, ") == 3
     assert differences({"a": 1}, {"b": 2}) == "a 1 there, None here; b None there, 2 here"
@@ -262,6 +374,15 @@ def test_a_folder_that_is_no_run(tmp_path, text):
 
 def test_what_may_change_and_what_not(tmp_path):
     folder = written(tmp_path, TOY)
-    check_same(folder, replace(TOY, keep=9, stages=("sac",), data=replace(TOY.data, workers=3)))
-    with pytest.raises(UserError, match="sac.lr 0.0005 there, 0.1 here"):
+    check_same(folder, replace(TOY, checkpoints=9, stages=("sac",)))
+    check_same(folder, replace(TOY, data=replace(TOY.data, workers=3)))
+    with pytest.raises(UserError, match=r"sac.lr 0.0005 there, 0.1 here\); give another"):
         check_same(folder, replace(TOY, sac=replace(TOY.sac, lr=.1)))
+
+
+def test_a_run_of_another_version_is_not_continued_and_says_why(tmp_path):
+    values = dataclasses.asdict(TOY)
+    values["recompute"], values["sac"]["noise"] = False, True
+    (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+    words = r"sac.noise True there, .* here\), begun with another version"
+    with pytest.raises(UserError, match=words): check_same(tmp_path, TOY)

@@ -229,6 +229,26 @@ def test_layouts_by_import(tmp_path, monkeypatch):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 defects"
 
 
+IDS = Layout("images/*.png", "labels/*.png", {0: 0})
+
+
+@pytest.mark.parametrize("layout, words", [
+    (IDS._replace(labels="labels/*/*.png"), "2 stars in labels, but 1 in images"),
+    (IDS._replace(labels="labels/**/*.png"), "2 stars in labels, but 1 in images"),
+    (IDS._replace(labels=None), "None is no pattern"),
+    (IDS._replace(images="/images/*.png"), "'/images/*.png' is no pattern"),
+    (IDS._replace(ids={70000: 0}), "ids takes 70000 to 0; give numbers from 0 to 65535"),
+    (IDS._replace(ids={"7": 0}), "ids takes '7' to 0"),
+    (IDS._replace(ids={7: -1}), "ids takes 7 to -1"),
+    (IDS._replace(ids=[0, 1]), "its ids are no dictionary"),
+    (LAYOUTS["gta5"]._replace(otherwise=IDS._replace(ids={1: 300})), "ids takes 1 to 300")])
+def test_a_layout_that_cannot_be_right_gets_one_sentence(tmp_path, monkeypatch, layout, words):
+    "Before any file is looked for."
+    monkeypatch.setitem(LAYOUTS, "mine", layout)
+    text = message(open_dataset, "mine", tmp_path)
+    assert text.startswith("--layout mine: ") and words in text and "\n" not in text
+
+
 def answer(name):
     "The code of a folded answer in the notebook."
     text = "\n".join(c.source for c in cells(NBS/"01_datasets.ipynb", "markdown"))

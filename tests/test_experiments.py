@@ -2,7 +2,7 @@
 import importlib.util
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 
 import sac_lit.experiments as experiments
 from sac_lit.config import PRESETS, STAGES, TOY
-from sac_lit.core import NAMES, remove
+from sac_lit.core import NAMES, remove, UserError
 from sac_lit.experiments import scores, STUDIES, Study, summary, variant
 from sac_lit.train import train
 
@@ -127,6 +127,29 @@ def test_a_study_gives_what_a_run_of_its_own_gives(small):
     found = scores(train(whole).folder)
     assert found["abn"]["student"]["miou"] == row["abn"]
     assert found["sac"]["student"] == {"miou": row["sac"], "iou": row["iou"]}
+
+
+def test_a_setting_takes_the_short_form_of_an_option():
+    first = STUDIES["ablation"].start(0)
+    for options in ("--pool min_entropy", "--pool=min_entropy"):
+        assert variant(first, options).sac.loss.pool == "min_entropy"
+
+
+def test_a_run_that_is_done_brings_its_stages(small):
+    "A stage of one's own that its last command had trained, and the sentence if it is gone."
+    cfg = replace(tiny(TOY), stages=("abn",))
+    folder = small / "runs" / "toy"
+    (folder / "model_abn").mkdir(parents=True)
+    values = asdict(replace(cfg, stages=("abn", "own_stage:MINE")))
+    (folder / "config.json").write_text(json.dumps({"config": values}))
+    with pytest.raises(UserError, match="--stages own_stage:MINE: cannot be imported"):
+        experiments.trained(cfg)
+    Path("own_stage.py").write_text(
+        "from sac_lit.config import Stage\n"
+        "MINE = Stage('mine', 'model_mine', 'abn', 'sac_lit.train:train_supervised')\n")
+    importlib.invalidate_caches()
+    experiments.trained(cfg)
+    assert STAGES.pop("own_stage:MINE").title == "mine"
 
 
 def test_the_exercise_adds_a_study(small, monkeypatch):

@@ -285,6 +285,7 @@ def unreduced(weighted, weight): return weighted, weight
 def three(weighted, weight): return weighted[:, 0], weight[:, 0], None
 def numbers(weighted, weight): return 1, 2
 def one_argument(weighted): return weighted
+def fails(weighted, weight): raise ValueError("three classes\\nonly")
 table = {}
 """
 
@@ -311,6 +312,7 @@ def test_a_pool_of_ones_own(mypools):
     ("nowhere:at_all", "--pool nowhere:at_all: cannot be imported"),
     ("mypools:one_argument", "cannot be called .* takes 1 positional argument but 2 were given"),
     ("mypools:table", "cannot be called .*'dict' object is not callable"),
+    ("mypools:fails", r"mypools:fails: cannot be called \(ValueError: three classes only\)"),
     ("mypools:bare", "returned one Tensor"),
     ("mypools:swapped", r"returned \[\(2, 1, 8, 12\), \(2, 4, 8, 12\)\]"),
     ("mypools:unreduced", r"returned \[\(2, 3, 4, 8, 12\), \(2, 3, 1, 8, 12\)\]"),

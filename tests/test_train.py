@@ -288,6 +288,35 @@ def test_an_unknown_entry_is_refused_before_anything_is_made(tmp_path, args, wor
     assert not list(tmp_path.rglob("*.jsonl")) and not (tmp_path / "data").exists()
 
 
+OWN = """
+from accelerate.tracking import GeneralTracker
+from sac_lit.config import Stage
+from sac_lit.datasets import Layout
+from sac_lit.views import NOISE
+
+class Tracker(GeneralTracker):
+    name, requires_logging_directory, tracker = "own", False, None
+    def __init__(self, place): self.place = place
+
+CLASH = Stage("mine", "model", "abn", "sac_lit.train:train_supervised")
+BLUR = NOISE["blur"]._replace(apply=lambda images: images)
+HIGH = Layout("images/*.png", "labels/*.png", {70000: 0})
+"""
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--tracker own_entries:Tracker", "cannot be made without arguments (TypeError: "),
+    ("--stages sac own_entries:CLASH", "the folder model is taken"),
+    ("--sac.noise own_entries:BLUR", "does not fit (TypeError: "),
+    ("--data.source own_entries:HIGH", "ids takes 70000 to 0"),
+    ("--pool=modes", "--sac.loss.pool modes: no such entry")])
+def test_what_is_ones_own_is_tried_before_anything_is_made(tmp_path, args, words):
+    (tmp_path / "own_entries.py").write_text(OWN)
+    done = train(tmp_path, *args.split())
+    assert is_one_sentence(done) and words in done.stderr, done.stderr
+    assert not (tmp_path / "data").exists() and not list(tmp_path.rglob("config.json"))
+
+
 @pytest.mark.parametrize("args", ["no_such_preset", "toy --no-such-option 1", "toy --sac.lr fast"])
 def test_bad_command_line(tmp_path, args):
     done = command(tmp_path, *args.split())
