@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MomentumNetwork', 'Views', 'SelfSupervision', 'pseudo_supervision', 'forward_backward', 'Execution',
-           'sac_step']
+           'Labelled', 'sac_step']
 
 # %% ../nbs/08_ema_training.ipynb #17c3ac6f
 import copy
@@ -122,6 +122,13 @@ class Execution:
 
 PLAIN = Execution()  # every part as in 03 to 08, on one process
 
+# %% ../nbs/08_ema_training.ipynb #7dee1cee
+class Labelled(NamedTuple):
+    "Images of the target whose labels are known: b of them in a step."
+    images: torch.Tensor  # normalised (b, 3, H, W)
+    labels: torch.Tensor  # int64 (b, H, W)
+    weight: float = 1.    # of their loss beside that of the source
+
 # %% ../nbs/08_ema_training.ipynb #f9ce3971
 def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen here
              teacher: MomentumNetwork,  # not moved here
@@ -132,15 +139,20 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
              views: Views,  # target
              hp: SelfSupervision = SelfSupervision(),
              how: Execution = PLAIN,
-            ) -> dict[str, torch.Tensor]:  # both losses, and the share of each pseudo label (C,)
+             labelled: Labelled | None = None,  # of the target, where there are some
+            ) -> dict[str, torch.Tensor]:  # each loss, and the share of each pseudo label (C,)
     """One joint target-source step (section 3.4), in which the momentum network does not move.
 
     Raises `FloatingPointError`, before the optimizer moves, where any loss is not finite."""
     freeze_bn(model.train())
     optimizer.zero_grad()
+    found = {}
 
     with how.no_sync():                                                   # the exchange comes below
-        source = how.forward_backward(model, how.cross_entropy, images, labels)
+        found["loss_source"] = how.forward_backward(model, how.cross_entropy, images, labels)
+        if labelled:
+            found["loss_labelled"] = how.forward_backward(
+                model, how.cross_entropy, *labelled[:2], factor=labelled.weight)
 
     pseudo, confidence = how.pseudo_supervision(teacher, prior, views, hp, how.reduce, how.gather)
     weigh = lookup(CONFIDENCES, hp.confidence, "sac.loss.confidence")
@@ -148,21 +160,25 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
 
     target_loss = partial(focal_loss, chi=prior.chi, lam=hp.lam, loss_of=how.cross_entropy)
     noisy = views.noisy.flatten(0, 1)                                     # (B·t, 3, H, W)
-    target = how.forward_backward(model, target_loss, noisy, pseudo, weight,
-                                  factor=hp.target_weight)
+    found["loss_target"] = how.forward_backward(model, target_loss, noisy, pseudo, weight,
+                                                factor=hp.target_weight)
 
-    losses = _losses(source, target, _class_shares(pseudo, len(prior.chi)), how.reduce)
+    found["accepted"] = _class_shares(pseudo, len(prior.chi))             # (C,)
+    found = _over_processes(found, how.reduce)
     optimizer.step()
-    return losses
+    return found
 
 # %% ../nbs/08_ema_training.ipynb #903bd2fb
 def _class_shares(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     "Share of all pixels that each class has, (C,); 255 lies outside and belongs to none."
     return torch.histc(labels.float(), num_classes, 0, num_classes) / labels.numel()
 
-def _losses(source: torch.Tensor, target: torch.Tensor, accepted: torch.Tensor, reduce) -> dict:
-    "Both losses and the accepted shares over all processes. Raises `FloatingPointError`."
-    mean = reduce(torch.cat([source[None], target[None], accepted]))      # (2 + C,)
+def _over_processes(found: dict[str, torch.Tensor], reduce) -> dict[str, torch.Tensor]:
+    "Each loss, and the accepted shares, over all processes. Raises `FloatingPointError`."
+    mine = torch.cat([x.flatten() for x in found.values()])               # (losses + C,)
+    mean = reduce(mine)
     if not torch.isfinite(mean).all():
-        raise FloatingPointError(f"source loss {source.item()}, target loss {target.item()}")
-    return {"loss_source": mean[0], "loss_target": mean[1], "accepted": mean[2:]}
+        losses = {name.removeprefix("loss_"): x for name, x in found.items() if x.ndim == 0}
+        raise FloatingPointError(", ".join(f"{k} loss {x.item()}" for k, x in losses.items()))
+    parts = mean.split([x.numel() for x in found.values()])
+    return {name: part.view_as(found[name]) for name, part in zip(found, parts)}

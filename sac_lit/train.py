@@ -10,6 +10,7 @@ __all__ = ['build_optimizer', 'lr_factor', 'set_lr', 'prepare', 'seed_dropout', 
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 # %% ../nbs/09_train.ipynb #1mp0rt50
 from . import report
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
+from .camvid import camvid_settings
 from sac_lit.config import (
     ABNConfig,
     absent_classes,
@@ -45,9 +47,10 @@ from sac_lit.core import (
 )
 from .datasets import SegmentationDataset
 from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
-from .ema_training import MomentumNetwork, sac_step
+from .ema_training import Labelled, MomentumNetwork, sac_step
 from .encoders import has_batch_norm
 from .fast import checkpoint_gradients, speed_up
+from .gallery import write_gallery
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
 from sac_lit.report import (
@@ -240,19 +243,34 @@ def sac_steps(run: Run,
         return draw(weights, generator(seed, "sac image", step, slot))
     sources = batches(run, data["source"], start, c.steps, slots, order)
     targets = batches(run, data["target"], start, c.steps, share.slots, pick)
-    for step, (source, target) in enumerate(zip(sources, targets), start):
+    labels_of_target = repeat((None, ""))
+    if "labelled" in data: labels_of_target = _labelled_images(run, data["labelled"], start)
+    steps = zip(sources, targets, labels_of_target)
+    for step, (source, target, (labelled, names)) in enumerate(steps, start):
         set_lr(optimizer, c, step)
         if step % c.period == 0: teacher.update(network)  # eq. 9
         seed_dropout(run, "sac", step)
         images, labels = source_batch(run, "sac source", source, step, slots, recipe)
         views = target_batch(run, target, step, share)
         try:
-            losses = sac_step(
-                model, teacher, prior, optimizer, images, labels, views, c.loss, how)
+            losses = sac_step(model, teacher, prior, optimizer, images, labels, views,
+                              c.loss, how, labelled)
         except FloatingPointError as e:
-            files = names_of(data["source"], source), names_of(data["target"], target)
-            raise nonfinite_error(run, "sac", step, e, ", ".join(files)) from e
+            files = names_of(data["source"], source), names_of(data["target"], target), names
+            raise nonfinite_error(run, "sac", step, e, ", ".join(filter(None, files))) from e
         yield losses
+
+def _labelled_images(run: Run, labelled: SegmentationDataset, start: int,
+                    ) -> Iterator[tuple[Labelled, str]]:  # with the names of the files
+    "Labelled target images of each step, augmented like those of the source."
+    c, key, P = run.cfg.sac, "sac labelled", run.accelerator.num_processes
+    slots = range(c.label_batch)  # all or a part: the mean over processes is the same
+    if c.label_batch % P == 0: slots = run.share(c.label_batch, "sac.label-batch").slots
+    order = epoch_order(run, key, labelled, c.label_batch)
+    recipe = Recipe(c.crop, c.source_scale, c.source_jitter)
+    for step, batch in enumerate(batches(run, labelled, start, c.steps, slots, order), start):
+        images, labels = source_batch(run, key, batch, step, slots, recipe)
+        yield Labelled(images, labels, c.label_weight), names_of(labelled, batch)
 
 # %% ../nbs/09_train.ipynb #455cb0ad
 def warnings_in(rows: list[dict], names) -> list[str]:
@@ -384,7 +402,7 @@ def train(cfg: Config) -> Run:
     """Run every stage that is not done yet, then write the report.
 
     Raises `UserError` for what the user can mend, `Stopped` where asked to stop."""
-    cfg = use_machine(cfg)
+    cfg = use_machine(_with_camvid(cfg))
     accelerator = start_accelerator(cfg)
     folder = Path(cfg.runs) / cfg.name
     with lock_folder(folder) if accelerator.is_main_process else nullcontext():
@@ -402,6 +420,13 @@ def train(cfg: Config) -> Run:
     accelerator.end_training()
     return run
 
+def _with_camvid(cfg: Config) -> Config:
+    "With the folders of CamVid, where a run asks for it."
+    d = cfg.data
+    if not d.camvid: return cfg
+    places = camvid_settings(Path(d.source_root) if d.source_root else None)
+    return replace(cfg, data=replace(d, camvid=False, **places))
+
 def _what_it_takes(run: Run) -> str:
     "Processes, threads and precision, for the first line that a run prints."
     P, device = run.accelerator.num_processes, run.device.type
@@ -413,6 +438,7 @@ def _what_it_takes(run: Run) -> str:
 def _say_results(run: Run, data: dict) -> None:
     "Write the report, and print the table."
     figure_of_examples(run, data)
+    write_gallery(run, data)
     page = write_report(run)
     if results(run): run.say(f"\n{table_text(result_table(run))}")
     run.say(f"\nreport: {page}")
