@@ -22,8 +22,9 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
-    packages=[lib],
-    package_data={lib: ["py.typed"]},
+    packages=[lib, f"{lib}.results"],
+    package_dir={f"{lib}.results": "nbs/results"},  # what the notebooks read, and no code
+    package_data={lib: ["py.typed"], f"{lib}.results": ["*.json", "*.png"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in extras},

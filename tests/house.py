@@ -18,6 +18,18 @@ def cells(path: Path, kind: str | None = None) -> list:
     return [c for c in nbformat.read(path, as_version=4).cells if kind in (None, c.cell_type)]
 
 
+def code_blocks(path: Path) -> list[str]:
+    "The Python in the prose of a notebook, most of it answers of exercises."
+    prose = "\n".join(c.source for c in cells(path, "markdown"))
+    return re.findall(r"^```python\n(.*?)^```", prose, re.M | re.S)
+
+
+def answer(notebook: str, name: str) -> str:
+    "The code of an exercise's folded answer, which begins with the comment `# answer: name`."
+    blocks = code_blocks(NBS / f"{notebook}.ipynb")
+    return next(b for b in blocks if b.startswith(f"# answer: {name}\n"))
+
+
 def module_of(path: Path) -> str:
     "The module that a notebook exports."
     found = (re.match(r"#\| default_exp (\w+)", c.source) for c in cells(path, "code"))

@@ -13,7 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from house import cells, NBS
+from house import answer
 from PIL import Image
 
 from sac_lit import camvid as module
@@ -645,8 +645,7 @@ def test_folders_that_cannot_be_shifted(tmp_path):
 
 def test_answer_adds_a_shift(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHIFTS", dict(SHIFTS))
-    text = "\n".join(c.source for c in cells(NBS / "01c_camvid.ipynb", "markdown"))
-    code = re.search(r"```python\n(# answer: shift\n.*?)```", text, re.S)[1]
+    code = answer("01c_camvid", "shift")
     exec(code.replace("from sac_lit.camvid import SHIFTS", ""), {"SHIFTS": module.SHIFTS})
     save(tmp_path / "photos/a.png", photo(30, 40).permute(1, 2, 0))
     assert shift_folder("dawn", tmp_path / "photos", tmp_path / "out") == 1

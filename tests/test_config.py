@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import tyro
-from house import cells, LIB, NBS
+from house import answer, LIB
 
 from sac_lit import config
 from sac_lit.config import (
@@ -333,12 +333,6 @@ def test_answer_adds_a_preset(monkeypatch):
     exec(answer("08b_config", "preset"), names)
     text, cfg = config.PRESETS["toy_fast"]
     assert (cfg.name, cfg.abn.steps, cfg.sac.steps) == ("toy_fast", 400, 500) and text
-
-
-def answer(notebook, name):
-    "The block of code of an exercise's folded answer."
-    text = "\n".join(c.source for c in cells(NBS / f"{notebook}.ipynb", "markdown"))
-    return re.search(rf"^```python\n(# answer: {name}\n.*?)^```", text, re.M | re.S)[1]
 
 
 # ---------------------------------------------------------------- on disk

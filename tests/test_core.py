@@ -1,4 +1,5 @@
 "The confusion matrix against counting by hand; random numbers that depend on their key alone."
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sac_lit.core import (
     IGNORE_INDEX,
     lookup,
     NAMES,
+    result_file,
     seed_of,
     Stopped,
     UserError,
@@ -233,15 +235,29 @@ def test_numbers_do_not_change_between_versions():
 def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "entries_of_core.py").write_text("twice = 2\nraise_it = 1")
     (tmp_path / "broken_entries.py").write_text("import no_such_module_at_all")
+    (tmp_path / "wordy_entries.py").write_text("raise ValueError('one\\n\\n  two')")
+    (tmp_path / "entries_that_exit.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     table = {"one": 1}
     assert lookup(table, "one", "pool") == 1 and lookup(table, "entries_of_core:twice", "pool") == 2
     for name, words in (("two", "no such entry"), ("entries_of_core:thrice", "AttributeError"),
                         ("nowhere:x", "ModuleNotFoundError"),
                         ("broken_entries:x", "no_such_module"),
+                        ("wordy_entries:x", "ValueError: one two"),
+                        ("entries_that_exit:x", "SystemExit: 0"),
                         (":", "cannot be imported")):
         with pytest.raises(UserError, match=words) as error: lookup(table, name, "pool")
         assert str(error.value).startswith(f"--pool {name}:") and "\n" not in str(error.value)
+
+
+def test_results_are_found_beside_a_notebook_or_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = result_file("toy.json")
+    assert shipped.is_absolute() and json.loads(shipped.read_text())["command"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/toy.json").write_text("{}")
+    assert result_file("toy.json").read_text() == "{}"
+    with pytest.raises(UserError, match="results/none.json: neither here"): result_file("none.json")
 
 
 @pytest.mark.parametrize("error, status, words", [

@@ -1,13 +1,12 @@
 """The command line of the studies, in a small size; what they say is in the notebook."""
 import importlib.util
 import json
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from house import NBS
+from house import answer, NBS
 from PIL import Image
 
 import sac_lit.experiments as experiments
@@ -154,9 +153,7 @@ def test_a_run_that_is_done_brings_its_stages(small):
 
 def test_the_exercise_adds_a_study(small, monkeypatch):
     "Its answer is run as it stands on the page, in a small size."
-    cells = json.loads((NBS / "11_experiments.ipynb").read_text())["cells"]
-    source = "".join("".join(c["source"]) + "\n" for c in cells)
-    code = re.search(r"```python\n(# answer: study\n.*?)```", source, re.S)[1]
+    code = answer("11_experiments", "study")
     base = tiny(experiments.SHORT_TOY)
     names = {"STUDIES": {}, "Study": lambda table: Study(table, base), "summary": summary,
              "run_study": experiments.run_study}

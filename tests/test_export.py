@@ -1,13 +1,12 @@
 """Exported networks against those that they were made of."""
 import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from house import NBS
+from house import answer
 
 from sac_lit.core import generator, NAMES, UserError
 from sac_lit.deeplabv2 import build_model, SegmentationModel
@@ -98,9 +97,7 @@ def test_export_command(network, capsys):
 
 def test_the_exercise_adds_a_format(network, monkeypatch):
     "Its answer is run as it stands on the page."
-    text = (NBS / "10a_export.ipynb").read_text()
-    source = "".join("".join(c["source"]) + "\n" for c in json.loads(text)["cells"])
-    code = re.search(r"```python\n(# answer: format\n.*?)```", source, re.S)[1]
+    code = answer("10a_export", "format")
     names = {"torch": torch, "SegmentationModel": SegmentationModel, "FORMATS": {}}
     exec(code, names)
     monkeypatch.setitem(FORMATS, ".pth", names["FORMATS"][".pth"])

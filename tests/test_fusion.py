@@ -1,13 +1,11 @@
 "Affine maps and the fusion of views: exact arithmetic, the obvious version, symmetries; pools."
 import itertools
-import re
 import sys
 from fractions import Fraction
 
-import nbformat
 import pytest
 import torch
-from house import NBS
+from house import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import resized_crop
@@ -326,16 +324,9 @@ def test_what_is_no_pool_gets_one_sentence(mypools, pool, words):
         assert "returns a map (B, C, H, W) and its weight (B, 1, H, W)" in text
 
 
-def answer(name):
-    "The code of a folded answer in the notebook."
-    notebook = nbformat.read(NBS/"04_crop_fusion.ipynb", 4)
-    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    return re.search(rf"```python\n(# answer: {name}\n.*?)```", text, re.S)[1]
-
-
 def test_the_exercise_adds_a_pool(monkeypatch):
     monkeypatch.setitem(POOLS, "median", None)                         # gone again after the test
-    code = answer("median")
+    code = answer("04_crop_fusion", "median")
     assert len(code.splitlines()) <= 20
     exec(code, {})
     probs = torch.rand(2, 3, 4, 8, 12, generator=generator(0)).softmax(2)

@@ -1,14 +1,13 @@
 "The networks: layout, sizes, a class of one's own, first weights, folders, parameter groups."
 import copy
 import json
-import re
 import sys
 
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from house import cells, NBS
+from house import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -52,13 +51,6 @@ def noise(*size, seed=0):
 def same(a, b):
     "Whether two networks have equal parameters."
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-def answers(notebook):
-    "The python blocks in a notebook's folded answers, by the name in their first line."
-    block = re.compile(r"```python\n# answer: (\w+)\n(.*?)```", re.S)
-    prose = "\n".join(c.source for c in cells(NBS / f"{notebook}.ipynb", "markdown"))
-    return dict(block.findall(prose))
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +344,7 @@ def test_an_entry_may_leave_everything_out(own, monkeypatch):
 
 
 def test_the_exercise_adds_an_architecture(tmp_path):
-    code = answers("02_deeplabv2")["architecture"]
+    code = answer("02_deeplabv2", "architecture")
     assert len(code.splitlines()) <= 20
     space = dict(vars(sac_lit.deeplabv2))
     try:

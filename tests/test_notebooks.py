@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from execnb.nbio import nb2str, read_nb
@@ -25,7 +26,7 @@ from house import (
 from jobs import forked
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-from nbdev.test import test_nb
+from nbdev import test as nbdev_test
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
@@ -41,16 +42,17 @@ def said(output):
 
 def _run(path):
     flags = get_config(path=ROOT).tst_flags.split()
-    sys.exit(not test_nb(path, skip_flags=flags, basepath=ROOT)[0])
+    sys.exit(not nbdev_test.test_nb(path, skip_flags=flags, basepath=ROOT)[0])
 
 
 @each
-def test_runs(path):
-    "By nbdev's own runner, in a process of its own: what it sets is no other test's concern."
-    before = set(NBS.rglob("*"))
-    done = forked(_run, path, cwd=NBS)
+def test_runs(path, tmp_path):
+    """Alone in an empty folder, as on Colab: it needs no file of the repository, and leaves none.
+    By nbdev's own runner, in a process of its own: what it sets is no other test's concern."""
+    alone = Path(shutil.copy(path, tmp_path))
+    done = forked(_run, alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    left = set(NBS.rglob("*")) - before
+    left = {p for p in tmp_path.rglob("*") if p != alone}
     left = {p for p in left if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)}
     assert not left, "the notebook leaves files behind"
 

@@ -65,7 +65,9 @@ def installed(built, tmp_path_factory):
 def test_wheel_and_sdist_hold_the_library(built):
     wheel = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     modules = {f"sac_lit/{n}.py" for n in ("_modidx", *MODULES)}
-    assert {n for n in wheel if n.startswith("sac_lit/")} == modules | {"sac_lit/py.typed"}
+    results = {f"sac_lit/results/{p.name}" for p in (ROOT / "nbs" / "results").iterdir()}
+    held = {n for n in wheel if n.startswith("sac_lit/")}
+    assert held == modules | results | {"sac_lit/py.typed"}
     assert any(n.endswith("/LICENSE") for n in wheel)
     entries = next(n for n in wheel if n.endswith("entry_points.txt"))
     assert "sac = sac_lit:main" in zipfile.ZipFile(next(built.glob("*.whl"))).read(entries).decode()
@@ -85,6 +87,13 @@ def test_installed_library_imports(installed, tmp_path):
     done = python("-c", IMPORT, *MODULES, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(target))
+
+
+def test_installed_library_brings_the_results(installed, tmp_path):
+    target, env = installed
+    code = "from sac_lit.core import result_file; print(result_file('toy.json'))"
+    done = python("-c", code, cwd=tmp_path, env=env)
+    assert done.stdout.strip() == str(target / "sac_lit/results/toy.json"), done.stderr
 
 
 def test_names_at_hand_cost_nothing_until_asked_for(installed, tmp_path):

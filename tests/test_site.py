@@ -119,9 +119,15 @@ def test_pages_read_well(pages):
         assert not MACHINE_PATH.search(prose), name
 
 
+# The site is committed, so that every clone and every change of a page pays for its size. It held
+# 18 MB when this was set: 6 of pages, 6 of figures, 3 of scripts and styles, 3 of sources. What
+# makes it larger than 20 is a choice, such as a video or a second copy of the figures.
+SITE = 20e6
+
+
 def test_site_is_small():
     assert (DOCS / ".nojekyll").exists()
-    assert sum(p.stat().st_size for p in DOCS.rglob("*") if p.is_file()) < 20e6
+    assert sum(p.stat().st_size for p in DOCS.rglob("*") if p.is_file()) < SITE
 
 
 # ---------------------------------------------------------------- in a browser

@@ -1,12 +1,11 @@
 """The joint step: plain against one total loss, fast against plain, and from the command line."""
 import copy
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from house import cells, NBS
+from house import answer, cells, NBS
 from jobs import log, train, weights
 
 from sac_lit import ema_training, fast
@@ -33,12 +32,6 @@ def halves(weighted, weight):
     few = max(1, weighted.shape[1] // 2)
     return weighted[:, :few].sum(1), weight[:, :few].sum(1)
 """
-
-
-def answer(notebook, name):
-    "The code of an exercise's answer."
-    text = "\n".join(c.source for c in cells(NBS / notebook, "markdown"))
-    return re.search(rf"```python\n(# answer: {name}\n.*?)```", text, re.S)[1]
 
 
 def board_step():
@@ -286,8 +279,8 @@ def test_a_pool_of_ones_own_takes_effect_in_training(runs):
 @pytest.mark.trains
 def test_exercise_an_augmentation(tmp_path, monkeypatch):
     "The answer of 08 covers a square, by keyed draws, and training takes it."
-    (tmp_path / "cutout.py").write_text(answer("08_ema_training.ipynb", "cutout"))
-    assert len(answer("08_ema_training.ipynb", "cutout").splitlines()) <= 20
+    (tmp_path / "cutout.py").write_text(answer("08_ema_training", "cutout"))
+    assert len(answer("08_ema_training", "cutout").splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     cutout = lookup(NOISE, "cutout:CUTOUT", "sac.noise")

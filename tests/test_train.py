@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from house import cells, NBS
+from house import answer
 from jobs import command, log, SMALL, train, weights
 from PIL import Image
 
@@ -150,16 +150,10 @@ def test_tracker(finished):
 
 # ---------------------------------------------------------------- what is one's own
 
-def answer(name):
-    "The code of an exercise's answer on the page of this notebook."
-    text = "\n".join(c.source for c in cells(NBS / "09_train.ipynb", "markdown"))
-    return re.search(rf"```python\n(# answer: {name}\n.*?)```", text, re.S)[1]
-
-
 def test_a_stage_of_ones_own(finished):
     "The answer of the exercise: one entry, in at most 20 lines, with a column and a curve."
     cwd, _ = finished
-    code = answer("stage")
+    code = answer("09_train", "stage")
     assert len([line for line in code.splitlines()[1:] if line]) <= 20
     assert max(map(len, code.splitlines())) <= 100
     (cwd / "adabn.py").write_text(code)

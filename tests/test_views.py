@@ -1,12 +1,11 @@
 """Views: boxes of batches, colours and noise, beside torchvision's image by image; the draws."""
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from house import cells, NBS
+from house import answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -367,12 +366,11 @@ def test_no_draw_touches_the_global_generator():
 
 
 def test_the_answer_of_the_exercise():
-    text = "\n".join(c.source for c in cells(NBS / "01b_views.ipynb", "markdown"))
-    answer = re.search(r"```python\n(# answer: sensor noise\n.*?)```", text, re.S)[1]
-    assert len(answer.splitlines()) <= 20
+    code = answer("01b_views", "sensor noise")
+    assert len(code.splitlines()) <= 20
     table = dict(NOISE)
     try:
-        exec(answer, {})
+        exec(code, {})
         entry = NOISE["sensor"]
     finally:
         NOISE.clear()
