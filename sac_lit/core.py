@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'subset', 'colorize', 'colors_of', 'use_style',
            'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars', 'seed_of', 'generator',
-           'UserError', 'lookup', 'flush', 'remove', 'written_aside', 'fingerprint', 'Stopped', 'clean_exit',
-           'optional', 'ahead', 'watched', 'progress']
+           'UserError', 'lookup', 'flush', 'remove', 'written_aside', 'fingerprint', 'result_file', 'Stopped',
+           'clean_exit', 'optional', 'ahead', 'watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
 import difflib
@@ -277,8 +277,8 @@ def lookup(table: dict,  # entries by name
                         "or give module:name of your own")
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # it may raise anything
-        problem = f"cannot be imported ({type(e).__name__}: {e})"
+    except (Exception, SystemExit) as e:  # it may raise anything, in many lines, or exit
+        problem = " ".join(f"cannot be imported ({type(e).__name__}: {e})".split())
         raise UserError(f"--{option} {name}: {problem}; give module:name of something that "
                         "Python can import from here") from e
 
@@ -316,6 +316,15 @@ def written_aside(path: Path) -> Iterator[Path]:
 def fingerprint(*things) -> str:  # 16 hexadecimal digits
     "A hash of things that `repr` tells apart: numbers, strings, bytes, tuples and lists of them."
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #833394c4
+def result_file(name: str,  # "toy.json"
+               ) -> Path:
+    "A file of the folder `results`: here, or with the package. Raises `UserError` without it."
+    package = Path(importlib.import_module("sac_lit").__file__).parent
+    for folder in (Path(), package, package.parent / "nbs"):  # installed; in a clone
+        if (folder / "results" / name).is_file(): return folder / "results" / name
+    raise UserError(f"results/{name}: neither here nor with the package; install sac_lit again")
 
 # %% ../nbs/00_core.ipynb #05257cc4
 class Stopped(Exception):

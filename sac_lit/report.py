@@ -20,7 +20,7 @@ import torch
 import tyro
 from jinja2 import Environment
 
-from .config import class_names, Config, load_config, STAGES, SUBSETS
+from .config import class_names, Config, load_config, load_stages, STAGES, SUBSETS
 from sac_lit.core import (
     class_bars,
     class_legend,
@@ -352,7 +352,9 @@ def redraw_report(folder: tyro.conf.Positional[Path],  # of a run, such as runs/
                  ) -> Path:
     "Write the report of a run once more, from its folder. Raises `UserError` where that is no run."
     use_style()
-    return write_report(Run(load_config(folder), None, folder))
+    cfg = load_config(folder)
+    load_stages(cfg.stages)  # those of the user's own have titles, too
+    return write_report(Run(cfg, None, folder))
 
 # %% ../nbs/08d_report.ipynb #b5f1a265
 #| code-fold: true

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'WALL', 'FENCE', 'POLE', 'LIGHT', 'SIGN', 'VEGETATION', 'TERRAIN', 'SKY', 'PERSON',
            'RIDER', 'CAR', 'TRUCK', 'BUS', 'TRAM', 'MOTORCYCLE', 'BICYCLE', 'TOWNS', 'STEP', 'EFFECTS', 'DOMAINS',
-           'RECORD', 'Camera', 'Stage', 'colours_of', 'building', 'wall', 'fence', 'tree', 'hedge', 'pole', 'lamp',
-           'traffic_light', 'traffic_sign', 'lamps', 'car', 'bus', 'truck', 'tram', 'person', 'bicycle', 'motorcycle',
-           'two_wheeler', 'Town', 'Street', 'backdrop', 'roadway', 'plot', 'line_street', 'traffic', 'pavements',
-           'people', 'bonnet', 'as_picture', 'as_floats', 'draw_scene', 'noise_tile', 'noise', 'add_texture', 'haze',
-           'exposure', 'contrast', 'tint', 'fade', 'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain',
-           'render', 'write_png16', 'ids_on_disk', 'write_dataset', 'main']
+           'RECORD', 'Camera', 'Stage', 'colours_of', 'building', 'wall', 'fence', 'tree', 'hedge', 'lamp',
+           'traffic_light', 'traffic_sign', 'car', 'bus', 'truck', 'tram', 'person', 'two_wheeler', 'Town', 'Street',
+           'backdrop', 'roadway', 'plot', 'line_street', 'traffic', 'pavements', 'as_picture', 'as_floats',
+           'draw_scene', 'noise_tile', 'noise', 'add_texture', 'haze', 'exposure', 'contrast', 'tint', 'fade',
+           'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain', 'render', 'write_png16', 'ids_on_disk',
+           'write_dataset', 'main']
 
 # %% ../nbs/00a_toy_city.ipynb #26e755e8
 import argparse
@@ -323,7 +323,7 @@ def hedge(stage, side, x, z0, z1, height):
         _crown(stage.facing(x, z, VEGETATION), 0, height * .6, height * .55, leaf, 7, stage.dice)
 
 # %% ../nbs/00a_toy_city.ipynb #cb09bbca
-def pole(stage, x, z, height, thick=.1):
+def _pole(stage, x, z, height, thick=.1):
     "A bare pole, for lights and signs to hang on."
     stage.facing(x, z, POLE).rect(-thick, 0, thick, height, stage.colour("metal", 8))
 
@@ -345,7 +345,7 @@ def lamp(stage, x, z):
 
 def traffic_light(stage, x, z):
     "Three lamps in a box, on a pole."
-    pole(stage, x, z, height := stage.dice.uniform(2.9, 4.2))
+    _pole(stage, x, z, height := stage.dice.uniform(2.9, 4.2))
     p, on = stage.facing(x, z, LIGHT), stage.dice.randrange(3)
     p.rect(-.3, height - 1.2, .3, height + .1, (34, 36, 34))
     for i, colour in enumerate(((64, 224, 112), (244, 190, 40), (240, 50, 40))):
@@ -354,7 +354,7 @@ def traffic_light(stage, x, z):
 def traffic_sign(stage, x, z):
     "One or two plates on a pole: a round one, a triangle, or a board."
     d, white = stage.dice, (236, 236, 230)
-    pole(stage, x, z, height := d.uniform(2.5, 3.5), .07)
+    _pole(stage, x, z, height := d.uniform(2.5, 3.5), .07)
     p = stage.facing(x, z, SIGN)
     for i in range(d.randint(1, 2)):
         colour, b, r = stage.colour("sign", 8), height - .3 - 1.1 * i, d.uniform(.36, .5)
@@ -370,7 +370,7 @@ def traffic_sign(stage, x, z):
 # both towns' tyres, windows, front and rear lamps
 _BLACK, _WINDOW, _HEAD, _TAIL = (24, 24, 27), (46, 56, 66), (248, 244, 216), (206, 26, 26)
 
-def lamps(face, half, y, size, front):
+def _lamps(face, half, y, size, front):
     "A pair of head lamps or tail lamps."
     for s in (-1, 1):
         face.rect(s * half - size, y, s * half + size, y + size * 1.3, _HEAD if front else _TAIL)
@@ -395,7 +395,7 @@ def car(stage, x, z, front):
     face.poly(((-.9, .2), (.9, .2), (.9, .7), (.84, sill), (-.84, sill), (-.9, .7)), paint)
     face.rect(-.9, .2, .9, .34, _shade(paint, .55))
     face.rect(-.26, .42, .26, .54, (230, 230, 222))
-    lamps(face, .7, .56, .17, front)
+    _lamps(face, .7, .56, .17, front)
 
 def _windows_of_car(cabin, x, side, near, far, sill, high, paint):
     "The part above the doors: its flank and its end, each a frame of paint around a window."
@@ -440,7 +440,7 @@ def bus(stage, x, z, front):
     face.rect(-.95, 2.56, .95, 2.88, _BLACK)
     face.rect(-.7, 2.64, .5, 2.8, (252, 196, 70))
     face.rect(-1.25, .35, 1.25, .55, _shade(colour, .5))
-    lamps(face, .95, .7, .17, front)
+    _lamps(face, .95, .7, .17, front)
 
 def truck(stage, x, z, front):
     "A lorry: from behind its doors, from the front the cab before the cargo box."
@@ -465,7 +465,7 @@ def truck(stage, x, z, front):
     else:
         for a in (-.62, 0, .62): face.bar(a, .95, a, 3.35, .06, _shade(cargo, .65))
         face.rect(-1.25, .6, 1.25, .8, (52, 52, 54))
-    lamps(face, .95, .55 if front else .62, .15, front)
+    _lamps(face, .95, .55 if front else .62, .15, front)
 
 def tram(stage, x, z, front):
     "A tram on its rails; Cityscapes calls the class train."
@@ -545,7 +545,7 @@ def _wheel(p, a, r, solid):
         for (c0, s0), (c1, s1) in zip(_CIRCLE, _CIRCLE[1:] + _CIRCLE[:1]):
             picture.bar(a + r * c0, r + r * s0, a + r * c1, r + r * s1, .08, _BLACK)
 
-def bicycle(p, way, colour):
+def _bicycle(p, way, colour):
     "Two wheels and a frame of bars, from the side; `way` is the direction of travel."
     for s in (-1, 1): _wheel(p, s * .54, .36, solid=False)
     seat, head, pedal, rear, front = (
@@ -561,7 +561,7 @@ def bicycle(p, way, colour):
     p.bar(seat[0] - .13, .92, seat[0] + .13, .92, .1, _BLACK)
     p.bar(head[0] - .1 * way, 1.04, head[0] + .04 * way, 1., .08, _BLACK)
 
-def motorcycle(p, way, colour):
+def _motorcycle(p, way, colour):
     "Two thick wheels, engine, tank and seat, from the side."
     for s in (-1, 1): _wheel(p, s * .68, .33, solid=True)
     p.poly([(way * a, b) for a, b in ((-.5, .3), (-.3, .62), (.3, .66), (.4, .3))], (70, 70, 74))
@@ -591,7 +591,7 @@ def two_wheeler(stage, x, z, motor, rider, way):
         stage.colour("car"),
         stage.colour("cloth"),
     )
-    if way: (motorcycle if motor else bicycle)(p, way, colour)
+    if way: (_motorcycle if motor else _bicycle)(p, way, colour)
     else:
         half = .12 if motor else .06
         p.rect(-half, 0, half, .7, _BLACK)
@@ -807,11 +807,11 @@ def traffic(street):
 
 def pavements(street):
     "People, parked two-wheelers, lamps, lights and signs."
-    people(street)
+    _people(street)
     _parked_two_wheelers(street)
     for side in (-1, 1): _furniture(street, side)
 
-def people(street):
+def _people(street):
     "Alone or in pairs, most of them on the pavement."
     d, kerb = street.dice, street.half
     for _ in range(d.randint(*street.town.people)):
@@ -844,7 +844,7 @@ def _furniture(street, side):
         z = street.crossing[0] - 1.8
         street.add(1, z, traffic_light, side * (kerb + .3), z)
 
-def bonnet(stage):
+def _bonnet(stage):
     "The front of the recording car, which no class describes."
     high = stage.height * stage.dice.uniform(.05, .1)
     p = stage.plane(lambda a, b: (a, stage.height - b), IGNORE_INDEX, .6)
@@ -880,7 +880,7 @@ def draw_scene(town: Town, colours: dict, dice: random.Random, size=(128, 256)) 
     roadway(stage, street)
     line_street(street), traffic(street), pavements(street)
     street.draw()
-    if dice.random() < town.bonnet: bonnet(stage)
+    if dice.random() < town.bonnet: _bonnet(stage)
     return stage
 
 # %% ../nbs/00a_toy_city.ipynb #02711a3b

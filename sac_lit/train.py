@@ -53,6 +53,8 @@ from .fast import checkpoint_gradients, speed_up
 from .gallery import write_gallery
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .moving_threshold import ClassPrior, thresholds
+
+# %% ../nbs/09_train.ipynb #9836a548
 from sac_lit.report import (
     figure_of_examples,
     figure_of_views,

@@ -24,9 +24,9 @@ from house import (
     ROOT,
 )
 from jobs import forked
+from nbdev import test as nbdev_test
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-from nbdev import test as nbdev_test
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
