@@ -305,7 +305,8 @@ def test_a_network_of_ones_own_is_saved_and_loaded(own):
     model = build_model("own_net:Net", 3, names=("land", "sea", "sky")).eval()
     model.save_pretrained(own / "model")
     config = json.loads((own / "model/config.json").read_text())
-    assert config == {"arch": "own_net:Net", "num_classes": 3, "names": ["land", "sea", "sky"]}
+    assert config == {"arch": "own_net:Net", "num_classes": 3, "names": ["land", "sea", "sky"],
+                      "encoder": None}
     again = SegmentationModel.from_pretrained(own / "model")
     assert (again.arch, again.stride, again.names) == ("own_net:Net", 4, ("land", "sea", "sky"))
     assert torch.equal(again(noise(1, 3, 40, 48)), model(noise(1, 3, 40, 48)))
@@ -440,7 +441,8 @@ def test_saved_and_loaded_silently(tmp_path, capfd):
     again = SegmentationModel.from_pretrained(tmp_path / "model")
     assert capfd.readouterr() == ("", "")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config == {"arch": "deeplabv2_tiny", "num_classes": 2, "names": ["land", "sea"]}
+    assert config == {"arch": "deeplabv2_tiny", "num_classes": 2, "names": ["land", "sea"],
+                      "encoder": None}
     assert (again.arch, again.num_classes, again.names) == ("deeplabv2_tiny", 2, ("land", "sea"))
     assert (again.stride, again.training) == (4, False)
     assert torch.equal(again(x), model(x))
