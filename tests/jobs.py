@@ -28,6 +28,7 @@ FORKS.set_forkserver_preload(["sac_lit.train", "sac_lit.experiments", "nbdev.tes
 
 def _forked(function, args, cwd, env, folder):
     "In a process of its own: a function in a folder, whose output goes to two files."
+    multiprocessing.set_start_method(None, force=True)   # of its own processes: as anywhere else
     os.environ.update(env)
     os.chdir(cwd)
     for number in (1, 2): os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT), number)
