@@ -20,6 +20,9 @@ SMALL = (
     "--abn.steps 6 --abn.source-batch 2 --abn.target-batch 2 --abn.crop 32 64 "
     "--sac.steps 6 --sac.source-batch 2 --sac.groups 2 --sac.num-crops 1 --sac.crop 32 64 "
     "--log-every 2 --eval-every 3 --checkpoint-every 2 --threads 1 --mixed-precision no").split()
+# Threads that wait for each other sleep: on cores that others use too, spinning takes ten times as
+# long. Read when torch is imported, so it stands before the first process is made.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 MODULE = ("-m", "sac_lit.train")
 FORKS = multiprocessing.get_context("forkserver")
