@@ -211,28 +211,35 @@ STEPS = SMALL[SMALL.index("--abn.steps"):]
 ANY_SIZE = "--data.source-size None --data.target-size None --data.eval-size None".split()
 
 
-def test_images_of_different_sizes(mixed):
+@pytest.fixture(scope="module")
+def plain(mixed):
+    "The same folder, after a run in which all images kept their sizes."
+    done = command(mixed, *FOLDERS, *STEPS, *ANY_SIZE, "--name", "plain", "--data.workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^IoU in % +ABN +SAC +gain$", done.stdout, re.M)
+    return mixed
+
+
+def test_images_of_different_sizes(plain):
     "All sizes as they are, in training and in evaluation; with workers, the same."
-    for name, workers in (("plain", "0"), ("workers", "2")):
-        options = "--data.workers", workers, "--name", name
-        done = command(mixed, *FOLDERS, *STEPS, *ANY_SIZE, *options)
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"^IoU in % +ABN +SAC +gain$", done.stdout, re.M)
-    assert same(weights(mixed, "plain"), weights(mixed, "workers"))
-    iou = log(mixed, "plain", event="evaluation", stage="sac", network="student")[-1]["iou"]
+    options = "--data.workers", "2", "--name", "workers"
+    done = command(plain, *FOLDERS, *STEPS, *ANY_SIZE, *options)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(plain, "plain"), weights(plain, "workers"))
+    iou = log(plain, "plain", event="evaluation", stage="sac", network="student")[-1]["iou"]
     assert len(iou) == 5 and max(x or 0 for x in iou) > 0
-    assert all(np.isfinite(r["loss_source"]) for r in log(mixed, "plain", event="step"))
+    assert all(np.isfinite(r["loss_source"]) for r in log(plain, "plain", event="step"))
 
 
-def test_an_image_is_evaluated_at_its_own_size(mixed):
+def test_an_image_is_evaluated_at_its_own_size(plain):
     "Every labelled pixel is counted, no padding."
     from sac_lit.core import evaluate
     from sac_lit.datasets import open_dataset
     from sac_lit.deeplabv2 import SegmentationModel
     from sac_lit.run_data import evaluate_shared
-    val = mixed / "val"
-    data = open_dataset("folder", val / "images", val / "labels", classes=mixed / "classes.txt")
-    model = SegmentationModel.from_pretrained(mixed / "runs" / "plain" / "model")
+    val = plain / "val"
+    data = open_dataset("folder", val / "images", val / "labels", classes=plain / "classes.txt")
+    model = SegmentationModel.from_pretrained(plain / "runs" / "plain" / "model")
     cfg = SimpleNamespace(data=SimpleNamespace(workers=0))
     acc = SimpleNamespace(num_processes=1, process_index=0, autocast=torch.no_grad)
     run = SimpleNamespace(cfg=cfg, accelerator=acc, device=torch.device("cpu"),
