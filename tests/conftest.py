@@ -6,6 +6,7 @@ training, no processes, no site.
 import os
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports torch or matplotlib, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores (pytest.ini)
@@ -38,8 +39,17 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))   # a stable sort
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        alone = item.name.startswith("test_runs[")    # a notebook in a process of its own
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
         if item.path.stem in QUICK and not marks & set(NOT_QUICK): item.add_marker("quick")
         if "slow" in marks and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+
+
+class FileByFile(LoadScopeScheduling):
+    "The tests of a file stay on one worker, and share its fixtures; notebooks go one by one."
+    def _split_scope(self, nodeid):
+        file, _, name = nodeid.partition("::")
+        return nodeid if name.startswith("test_runs[") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return FileByFile(config, log)

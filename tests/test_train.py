@@ -198,20 +198,24 @@ STEPS = SMALL[SMALL.index("--abn.steps"):]
 ANY_SIZE = "--data.source-size None --data.target-size None --data.eval-size None".split()
 
 
-@pytest.fixture(scope="module")
-def plain(mixed):
-    "The same folder, after a run in which all images kept their sizes."
-    done = command(mixed, *FOLDERS, *STEPS, *ANY_SIZE, "--name", "plain", "--data.workers", "0")
+def train_any_size(cwd, name, workers):
+    "A run in which all images keep their sizes."
+    options = "--data.workers", workers, "--name", name
+    done = command(cwd, *FOLDERS, *STEPS, *ANY_SIZE, *options)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^IoU in % +ABN +SAC +gain$", done.stdout, re.M)
+
+
+@pytest.fixture(scope="module")
+def plain(mixed):
+    "The folder after such a run."
+    train_any_size(mixed, "plain", "0")
     return mixed
 
 
 def test_images_of_different_sizes(plain):
     "All sizes as they are, in training and in evaluation; with workers, the same."
-    options = "--data.workers", "2", "--name", "workers"
-    done = command(plain, *FOLDERS, *STEPS, *ANY_SIZE, *options)
-    assert done.returncode == 0, done.stderr
+    train_any_size(plain, "workers", "2")
     assert same(weights(plain, "plain"), weights(plain, "workers"))
     iou = log(plain, "plain", event="evaluation", stage="sac", network="student")[-1]["iou"]
     assert len(iou) == 5 and max(x or 0 for x in iou) > 0
