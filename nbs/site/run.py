@@ -19,7 +19,7 @@ from nbdev.doclinks import nbdev_export
 
 ROOT = NBS.parent
 ENV = {  # what digits and figures depend on; nobody watches
-    "OMP_NUM_THREADS": "2", "IN_TEST": "1",
+    "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "IN_TEST": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 
