@@ -672,7 +672,7 @@ def test_commands(copies, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["prepare", "nowhere"], "error: nowhere: no CamVid in it"),
-    (["shift", "fog", ".", "out"], "error: --shift fog"),
+    (["shift", "fog", ".", "out"], "error: shift fog"),
     (["shift", "fog"], ""),
     ([], "")])
 def test_commands_at_fault(argv, said, capsys):

@@ -239,14 +239,14 @@ def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "entries_that_exit.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     table = {"one": 1}
-    assert lookup(table, "one", "pool") == 1 and lookup(table, "entries_of_core:twice", "pool") == 2
+    assert lookup(table, "one", "--pool") == 1 and lookup(table, "entries_of_core:twice", "--pool") == 2
     for name, words in (("two", "no such entry"), ("entries_of_core:thrice", "AttributeError"),
                         ("nowhere:x", "ModuleNotFoundError"),
                         ("broken_entries:x", "no_such_module"),
                         ("wordy_entries:x", "ValueError: one two"),
                         ("entries_that_exit:x", "SystemExit: 0"),
                         (":", "cannot be imported")):
-        with pytest.raises(UserError, match=words) as error: lookup(table, name, "pool")
+        with pytest.raises(UserError, match=words) as error: lookup(table, name, "--pool")
         assert str(error.value).startswith(f"--pool {name}:") and "\n" not in str(error.value)
 
 
