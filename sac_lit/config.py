@@ -156,7 +156,7 @@ class _StageTable(dict):
     "Stages by name; one of the user's own, `module:STAGE`, enters when it is first asked for."
     def __missing__(self, name: str) -> Stage:
         _check_name("stages", CHOICES["stages"], name, Config())
-        self[name] = lookup(self, name, "stages")
+        self[name] = lookup(self, name, "--stages")
         return self[name]
 
 STAGES = _StageTable(  # by name
@@ -207,7 +207,7 @@ def _is_stage(stage, cfg: Config) -> bool:
         raise UserError(f"{stage.folder!r} is no name of a folder")
     if not isinstance(getattr(Config(), stage.settings, None), OptimConfig):
         raise UserError(f"its settings are {stage.settings}, not abn or sac")
-    return callable(lookup({}, stage.train, "stages"))
+    return callable(lookup({}, stage.train, "--stages"))
 
 # %% ../nbs/08b_config.ipynb #fcd6f015
 _LAYOUT = Choice(LAYOUTS, "a Layout as module:NAME", lambda x, cfg: isinstance(x, Layout))
@@ -265,7 +265,7 @@ def check_config(cfg: Config) -> None:
         names = value if isinstance(value, tuple) else (value,)
         for name in names:
             if name is not None: _check_name(option, choice, name, cfg)
-    find_layout(cfg.data.target, option="data.target")
+    find_layout(cfg.data.target, option="--data.target")
     absent_classes(cfg.data.source, classes)
 
 def load_stages(names) -> None:
@@ -275,7 +275,7 @@ def load_stages(names) -> None:
 def _check_name(option: str, choice: Choice, name: str, cfg: Config) -> None:
     "Raises `UserError` where a name leads to nothing, or to something of another kind."
     known = name in choice.table
-    entry = lookup(choice.table, name, option)
+    entry = lookup(choice.table, name, f"--{option}")
     if known: return
     why = ""
     try: fits = choice.fits(entry, cfg)
@@ -290,7 +290,7 @@ def class_names(cfg: Config) -> tuple[str, ...]:
 
 def absent_classes(source: str, names=NAMES) -> tuple[int, ...]:
     "Train ids that a source does not have, by its layout. `UserError` for what is no class."
-    absent = find_layout(source, option="data.source").absent
+    absent = find_layout(source, option="--data.source").absent
     unknown = [name for name in absent if name not in names]
     if unknown:
         raise UserError(f"--data.source {source}: {unknown[0]} is absent there, but is none of the "

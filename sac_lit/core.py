@@ -265,7 +265,7 @@ class UserError(Exception):
 # %% ../nbs/00_core.ipynb #c835c936
 def lookup(table: dict,  # entries by name
            name: str,    # a key of the table, or `module:name` of an object of one's own
-           option: str,  # that gave the name, for the message: "arch"
+           option: str,  # what gave it, for the message: "--arch"
           ):
     "An entry of a table, or an object of the user's. Raises `UserError` where there is none."
     if name in table: return table[name]
@@ -273,13 +273,13 @@ def lookup(table: dict,  # entries by name
     if not colon:
         near = difflib.get_close_matches(name, table)
         hint = f"did you mean {near[0]}? There are" if near else "choose one of"
-        raise UserError(f"--{option} {name}: no such entry; {hint} {', '.join(table)}, "
+        raise UserError(f"{option} {name}: no such entry; {hint} {', '.join(table)}, "
                         "or give module:name of your own")
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as e:  # it may raise anything, in many lines, or exit
         problem = " ".join(f"cannot be imported ({type(e).__name__}: {e})".split())
-        raise UserError(f"--{option} {name}: {problem}; give module:name of something that "
+        raise UserError(f"{option} {name}: {problem}; give module:name of something that "
                         "Python can import from here") from e
 
 # %% ../nbs/00_core.ipynb #adaf1141

@@ -142,7 +142,7 @@ _POOL = ("a function that takes maps (B, T, C, H, W) and weights (B, T, 1, H, W)
 
 def _pooled(pool: str, weighted: torch.Tensor, weight: torch.Tensor):
     "What a pool makes of the views. Raises `UserError` where it is no pool."
-    function = lookup(POOLS, pool, "pool")
+    function = lookup(POOLS, pool, "--pool")
     try: result = function(weighted, weight)
     except torch.OutOfMemoryError: raise                # not the pool's fault
     except Exception as e:                              # your own may raise anything

@@ -78,15 +78,15 @@ LAYOUTS = {  # all layouts, by the name that the command line takes
 def find_layout(name: str,  # a key of `LAYOUTS`, or `module:name` of your own
                 split: str | None = None,    # the part to read, if it has parts
                 folder: Path | None = None,  # where its label files are
-                option: str = "layout",      # that gave the name, for sentences
+                option: str = "layout",      # what gave the name, for sentences
                ) -> Layout:
     "A layout, in the form that its label files have. `UserError` if there is none."
     layout = lookup(LAYOUTS, name, option)
     if not all(hasattr(layout, field) for field in Layout._fields):
         kind = type(layout).__name__
-        raise UserError(f"--{option} {name}: is of type {kind}; "
+        raise UserError(f"{option} {name}: is of type {kind}; "
                         "give module:name of a `Layout`")
-    if wrong := _mistake(layout): raise UserError(f"--{option} {name}: {wrong}")
+    if wrong := _mistake(layout): raise UserError(f"{option} {name}: {wrong}")
     if split: layout = layout.at(split)
     other = layout.otherwise
     if not folder or not other: return layout

@@ -293,8 +293,8 @@ def _in_a_line(error: Exception) -> str:
 # %% ../nbs/02_deeplabv2.ipynb #04e934e9
 def _build_backbone(arch: str, num_classes: int, encoder: str | None = None) -> nn.Module:
     "The network of a name. Raises `UserError` where the name stands for none."
-    network = lookup(ARCHS, arch, "arch")
-    if isinstance(network, str): network = lookup({}, network, "arch")
+    network = lookup(ARCHS, arch, "--arch")
+    if isinstance(network, str): network = lookup({}, network, "--arch")
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         raise UserError(f"--arch {arch}: is no network; give a subclass of torch.nn.Module")
     options = {"encoder": encoder} if encoder else {}

@@ -113,7 +113,7 @@ def forward_backward(model: nn.Module,
 @dataclass(frozen=True)
 class Execution:
     "How a step is carried out. The result is the same, to rounding."
-    cross_entropy: Callable = cross_entropy            # these three have faster twins in 08a
+    cross_entropy: Callable = cross_entropy            # this and the next have faster twins in 08a
     pseudo_supervision: Callable = pseudo_supervision
     forward_backward: Callable = forward_backward
     no_sync: Callable = nullcontext                    # in it, gradients are not exchanged yet
@@ -155,7 +155,7 @@ def sac_step(model: nn.Module,  # segmentation network; its batch norm is frozen
                 model, how.cross_entropy, *labelled[:2], factor=labelled.weight)
 
     pseudo, confidence = how.pseudo_supervision(teacher, prior, views, hp, how.reduce, how.gather)
-    weigh = lookup(CONFIDENCES, hp.confidence, "sac.loss.confidence")
+    weigh = lookup(CONFIDENCES, hp.confidence, "--sac.loss.confidence")
     weight = weigh(confidence, how.reduce)                                # (B·t, H, W)
 
     target_loss = partial(focal_loss, chi=prior.chi, lam=hp.lam, loss_of=how.cross_entropy)

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or Path(SHORT_TOY.runs) / f"{args.study}.json"
     with clean_exit():
         study = lookup(STUDIES, args.study, "study")
-        if not isinstance(study, Study): raise UserError(f"--study {args.study}: is no Study")
+        if not isinstance(study, Study): raise UserError(f"study {args.study}: is no Study")
         seeds = study.seeds if args.seeds is None else args.seeds
         if not seeds or len({*seeds}) < len(seeds):
             raise UserError("--seeds: give at least one, and each once")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'results', 'means_of', 'result_table', 'table_text', 'save_figure', 'figure_of_curves', 'figure_of_classes',
-           'figure_of_examples', 'figure_of_views', 'write_report', 'redraw_report', 'main']
+           'figure_of_examples', 'figure_of_views', 'load_verdict', 'write_report', 'redraw_report', 'main']
 
 # %% ../nbs/08d_report.ipynb #d5798adc
 import base64
@@ -20,12 +20,21 @@ import torch
 import tyro
 from jinja2 import Environment
 
-from .config import class_names, Config, load_config, load_stages, STAGES, SUBSETS
+from sac_lit.config import (
+    absent_classes,
+    class_names,
+    Config,
+    load_config,
+    load_stages,
+    STAGES,
+    SUBSETS,
+)
 from sac_lit.core import (
     class_bars,
     class_legend,
     clean_exit,
     lookup,
+    NAMES,
     show,
     use_style,
     written_aside,
@@ -38,10 +47,12 @@ from .views import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 # %% ../nbs/08d_report.ipynb #e5f31cf6
 def results(run: Run) -> dict[str, dict]:  # {title: the line of the log}
-    "The last evaluation of each stage's student, by title."
+    "The last evaluation of each stage's student, or that of the network kept, by title."
     found = {}
     for stage, entry in STAGES.items():
         rows = run.rows(event="evaluation", stage=stage, network="student")
+        kept = run.rows(event="kept", stage=stage)       # with --keep score; else the last
+        if kept: rows = [row for row in rows if row["step"] <= kept[-1]["step"]]
         if rows: found[entry.title] = rows[-1]
     return found
 
@@ -49,8 +60,11 @@ def means_of(cfg: Config,
              names=None,  # of the classes; by default those of the configuration
             ) -> dict[str, list[int]]:  # {title: train ids}
     "Which means are reported, over which classes; the first is the one that counts."
-    if cfg.data.source == "synthia": return SUBSETS
-    return {"mean": list(range(len(names or class_names(cfg))))}
+    names = tuple(names or class_names(cfg))
+    absent = absent_classes(cfg.data.source, names)
+    there = [c for c in range(len(names)) if c not in absent]
+    if names == NAMES and there == SUBSETS["mean of 16"]: return SUBSETS
+    return {f"mean of {len(there)}" if absent else "mean": there}
 
 def _names(run: Run) -> tuple[str, ...]:
     "The classes, from a saved network if there is one: the file that lists them may be gone."
@@ -257,7 +271,7 @@ _VERDICT = """<section class="verdict {{ kind }}" aria-label="Verdict without la
 # %% ../nbs/08d_report.ipynb #295f179b
 def _verdict_html(run: Run) -> str:
     "The verdict as a box; empty where the run's folder holds none that can be read."
-    found = _verdict(run.folder / "verdict.json")
+    found = load_verdict(run.folder)
     if not found: return ""
     kind = {"better": "better", "worse": "worse"}.get(found["verdict"], "open")
     before, after = found.get("before") or {}, found.get("after") or {}
@@ -269,9 +283,9 @@ def _verdict_html(run: Run) -> str:
         kind=kind, verdict=found["verdict"], text=found.get("text", ""), score=score,
         classes=found.get("classes") or [], rows=rows)
 
-def _verdict(path: Path) -> dict:
-    "What stands in a file; nothing where it is missing or damaged."
-    try: found = json.loads(path.read_text())
+def load_verdict(folder: Path) -> dict:
+    "What verdict.json in a run's folder says; nothing where it is missing or damaged."
+    try: found = json.loads((folder / "verdict.json").read_text())
     except (OSError, ValueError): return {}
     return found if isinstance(found, dict) and "verdict" in found else {}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'share_out', 'Processes', 'StopSignal', 'Log', 'Run', 'start_accelerator', 'use_machine', 'lock_folder',
-           'open_run', 'load_stage', 'epoch_order', 'names_of', 'postpone_sigterm', 'batches', 'nonfinite_error',
-           'Progress', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'run_stage']
+           'open_run', 'load_stage', 'starting_network', 'reopen', 'epoch_order', 'names_of', 'postpone_sigterm',
+           'batches', 'nonfinite_error', 'Progress', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'run_stage']
 
 # %% ../nbs/08c_runs.ipynb #5f6679e4
 import json
@@ -26,7 +26,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
 from accelerate.utils import gather_object, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
@@ -49,6 +49,7 @@ from .fast import FAST, fast_crop_and_resize, in_parts, micro_batched
 from .importance_sampling import epoch_index, StepSampler
 from .machine import bf16_speed, FASTER, keep_pages, threads_of_a_process
 from .views import collate, crop_and_resize, draw_sigma, NOISE
+from .weights import load_snapshot
 
 # %% ../nbs/08c_runs.ipynb #2c8f615b
 class Share(NamedTuple):
@@ -185,7 +186,7 @@ class Run(Processes, Log):
     @property
     def noise(self) -> dict:
         "The noise of the student's views, by name."
-        noise = {name: lookup(NOISE, name, "sac.noise") for name in self.cfg.sac.noise}
+        noise = {name: lookup(NOISE, name, "--sac.noise") for name in self.cfg.sac.noise}
         if "blur" in noise:
             draw = partial(draw_sigma, largest=self.cfg.sac.blur)
             noise["blur"] = noise["blur"]._replace(draw=draw)
@@ -237,7 +238,7 @@ def _tracker(name: str | None):
 
 def _own_tracker(name: str):
     "An object of the user's class. Raises `UserError` where it cannot be made without arguments."
-    tracker = lookup(LOGGER_TYPE_TO_CLASS, name, "tracker")
+    tracker = lookup(LOGGER_TYPE_TO_CLASS, name, "--tracker")
     try: return tracker()
     except Exception as e:  # what is not ours may raise anything
         problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
@@ -320,6 +321,18 @@ def load_stage(run: Run, stage: str) -> SegmentationModel:
     if path.exists(): return SegmentationModel.from_pretrained(path).to(run.device)
     raise UserError(f"{path}: no such network; run the stage {stage} first, for example with "
                     f"--stages {stage} sac, or give --sac.start a network")
+
+def starting_network(run: Run) -> SegmentationModel:
+    "What the joint stage begins with: the network of pretraining, or that of `--sac.start`."
+    start = run.cfg.sac.start
+    if start is None: return load_stage(run, "abn")
+    load = load_snapshot if Path(start).suffix == ".pth" else SegmentationModel.from_pretrained
+    return load(start).to(run.device)
+
+def reopen(folder: Path) -> Run:
+    "A run that is there, to look at: on one process. `UserError` where the folder is no run."
+    cpu = not torch.cuda.is_available()
+    return Run(load_config(folder), PartialState(cpu=cpu), folder)
 
 # %% ../nbs/08c_runs.ipynb #b6fbc2e0
 def epoch_order(run: Run, stage: str, dataset: SegmentationDataset, batch: int) -> Callable:

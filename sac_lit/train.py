@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import Iterator
 
@@ -46,7 +46,7 @@ from sac_lit.core import (
     written_aside,
 )
 from .datasets import SegmentationDataset
-from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
+from .deeplabv2 import build_model, param_groups, upsample
 from .ema_training import Labelled, MomentumNetwork, sac_step
 from .encoders import has_batch_norm
 from .fast import checkpoint_gradients, speed_up
@@ -76,7 +76,6 @@ from sac_lit.run_data import (
 from sac_lit.runs import (
     batches,
     epoch_order,
-    load_stage,
     lock_folder,
     names_of,
     nonfinite_error,
@@ -85,10 +84,11 @@ from sac_lit.runs import (
     run_stage,
     share_out,
     start_accelerator,
+    starting_network,
     use_machine,
 )
+from .verdict import keep_by_score, kept_by_score, open_judge, write_verdict
 from .views import normalize
-from .weights import load_snapshot
 
 # %% ../nbs/09_train.ipynb #68fdbaac
 def build_optimizer(model: nn.Module, c: ABNConfig | SACConfig) -> torch.optim.Optimizer:
@@ -211,17 +211,23 @@ def target_frequencies(run: Run, model: nn.Module, dataset: SegmentationDataset,
     if not run.agreed(path.exists()):
         model.eval()
         frequency = torch.zeros(len(dataset), model.num_classes, device=run.device)
-        for sample in shared_samples(run, dataset, "while it counted classes"):
-            x = sample["image"][None].to(run.device)  # (1, 3, H, W)
+        samples = shared_samples(run, dataset, "while it counted classes")
+        for batch in _of_one_size(samples):
+            x = torch.stack([sample["image"] for sample in batch]).to(run.device)  # (B, 3, H, W)
             logits = upsample(model(normalize(x / 255)).float(), x.shape[-2:])
-            seen = logits.softmax(1)
-            if run.cfg.sac.hard_counts: seen = logits.argmax(1)
-            frequency[sample["index"]] = class_frequency(seen, model.num_classes)
+            seen = logits.argmax(1) if run.cfg.sac.hard_counts else logits.softmax(1)
+            for sample, one in zip(batch, seen):
+                frequency[sample["index"]] = class_frequency(one, model.num_classes)
         frequency = run.reduce(frequency, "sum").cpu()
         if run.accelerator.is_main_process:
             with written_aside(path) as tmp: save_file({"frequency": frequency}, tmp)
     run.accelerator.wait_for_everyone()
     return load_file(path)["frequency"]
+
+def _of_one_size(samples: Iterator[dict], most: int = 8) -> Iterator[list[dict]]:
+    "Batches of neighbours whose images have the same size."
+    for _, neighbours in groupby(samples, key=lambda sample: sample["image"].shape):
+        while batch := list(islice(neighbours, most)): yield batch
 
 # %% ../nbs/09_train.ipynb #f082a4f8
 def sac_steps(run: Run,
@@ -324,7 +330,9 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
             views = example_views(run, data["target"])
             figure_of_views(run, teacher, prior, views, step)
         networks = {"student": network, "momentum": momentum.model}
-        return log_evaluations(run, stage, step, networks, data["val"])
+        said = log_evaluations(run, stage, step, networks, data["val"])
+        return said + keep_by_score(run, judge, network, step) if judge else said
+    judge = open_judge(run, data) if run.cfg.keep == "score" else None
     steps = partial(sac_steps, run, data, weights, network, model, teacher, prior, optimizer)
     state = {"model": network, "optimizer": optimizer, "teacher": momentum, "prior": prior}
     state |= scaler
@@ -334,7 +342,7 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     if acc.is_main_process:
         with written_aside(run.folder / "momentum") as tmp:
             momentum.model.save_pretrained(tmp)
-    return network, seconds
+    return kept_by_score(run) if judge else network, seconds
 
 def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
     "The momentum network, and what is called in its place: the same in the run's precision."
@@ -345,13 +353,11 @@ def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
 
 def _starting_network(run: Run, names) -> nn.Module:
     "The network to start from. Raises `UserError` where architecture or classes are others."
-    start = run.cfg.sac.start
-    if start is None: return load_stage(run, "abn")
-    if Path(start).suffix == ".pth": network = load_snapshot(start)
-    else: network = SegmentationModel.from_pretrained(start)
+    network, start = starting_network(run), run.cfg.sac.start
+    if start is None: return network
     _check_equal(start, "architecture", network.arch, run.cfg.arch)
     _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
-    return network.to(run.device)
+    return network
 
 def _check_equal(start: str, what: str, there: str, here: str) -> None:
     "Raises `UserError` where a network to start from is not one of this run."
@@ -383,7 +389,7 @@ def _train_stage(run: Run, stage: str, data: dict) -> None:
     "One stage, unless it is done."
     entry = STAGES[stage]
     if not run.agreed((run.folder / entry.folder).exists()):
-        network, seconds = lookup({}, entry.train, "stages")(run, stage, data)
+        network, seconds = lookup({}, entry.train, "--stages")(run, stage, data)
         if run.accelerator.is_main_process: _save_stage(run, stage, network, seconds)
         run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
@@ -441,6 +447,8 @@ def _say_results(run: Run, data: dict) -> None:
     "Write the report, and print the table."
     figure_of_examples(run, data)
     write_gallery(run, data)
+    if (run.folder / STAGES["sac"].folder).exists():
+        run.say(f"\nwithout labels: {write_verdict(run, data)['text']}")
     page = write_report(run)
     if results(run): run.say(f"\n{table_text(result_table(run))}")
     run.say(f"\nreport: {page}")

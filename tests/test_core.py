@@ -239,7 +239,8 @@ def test_an_entry_of_a_table_or_an_object_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "entries_that_exit.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     table = {"one": 1}
-    assert lookup(table, "one", "--pool") == 1 and lookup(table, "entries_of_core:twice", "--pool") == 2
+    assert lookup(table, "one", "--pool") == 1
+    assert lookup(table, "entries_of_core:twice", "--pool") == 2
     for name, words in (("two", "no such entry"), ("entries_of_core:thrice", "AttributeError"),
                         ("nowhere:x", "ModuleNotFoundError"),
                         ("broken_entries:x", "no_such_module"),
