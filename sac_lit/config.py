@@ -55,7 +55,7 @@ class DataConfig:
     target_label_maps: str | None = None  # layout folder: the label maps of these
     val_root: str | None = None  # layout folder: labelled target images; None: no evaluation
     val_labels: str | None = None  # layout folder: their label maps
-    eval_size: tuple[int, int] | None = None  # of validation images; None: as on disk
+    eval_size: tuple[int, int] | None = None  # at which networks see whole images; None: as on disk
     classes: str | None = None  # layout folder: file with the class names, one a line
     ignore: tuple[int, ...] = (255,)  # layout folder: values of label maps that mean no class
     workers: int = 4  # processes that decode images, for each that trains; never change a result

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'ASPP', 'dilate', 'DeepLabResNet101', 'DeepLabVGG16', 'upsample', 'predicted_classes', 'FCN8sVGG16',
-           'DeepLabTiny', 'SegmentationModel', 'mismatch', 'load_imagenet', 'read_weights', 'build_model',
-           'param_groups']
+           'DeepLabTiny', 'SegmentationModel', 'network_input', 'mismatch', 'load_imagenet', 'read_weights',
+           'build_model', 'param_groups']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
 import io
@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 from torchvision.models import resnet101, ResNet101_Weights, VGG16_BN_Weights
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms.v2 import functional as TF
 
 from .core import lookup, NAMES, UserError
+from .views import normalize
 
 # %% ../nbs/02_deeplabv2.ipynb #61f928ae
 class ASPP(nn.Module):
@@ -228,6 +230,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                  num_classes: int = 19,
                  names=None,  # of the classes; by default Cityscapes' 19, else "class 0", ...
                  encoder: str | None = None,  # of a network that takes one, such as deeplabv2_timm
+                 inference_size: tuple[int, int] | None = None,  # as in `set_inference_size`
                 ):
         super().__init__()
         self.arch, self.num_classes = arch, num_classes
@@ -236,9 +239,15 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         self.encoder = getattr(self.backbone, "encoder_name", None)
         self.stride = _output_stride(self.backbone, arch, num_classes)
         self.new = _new_layers(self.backbone, arch)      # layers that ImageNet does not know
+        self.set_inference_size(inference_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.backbone(images)
+
+    def set_inference_size(self, size: tuple[int, int] | None) -> None:  # height and width
+        "How large images are to be when the network sees them; None: as they are. Saved with it."
+        self.inference_size = size and tuple(size)
+        self._hub_mixin_config["inference_size"] = self.inference_size
 
     @classmethod
     def from_pretrained(cls,
@@ -271,6 +280,20 @@ def _class_names(names, num_classes: int) -> tuple[str, ...]:
                         "give one name for each class")
     return names
 
+# %% ../nbs/02_deeplabv2.ipynb #467513d8
+def network_input(model: SegmentationModel,
+                  image: torch.Tensor,   # uint8 (3, H, W)
+                  scale: float = 1.,     # of its sides, beside the network's inference size
+                  statistics=(None, None),  # mean and deviation; by default ImageNet's
+                 ) -> torch.Tensor:      # normalised (1, 3, H', W')
+    "An image as a network is to see it, on the network's device."
+    H, W = image.shape[-2:]
+    if model.inference_size: scale *= math.sqrt(math.prod(model.inference_size) / (H * W))
+    size = [max(1, round(scale * n)) for n in (H, W)]
+    x = image.to(next(model.parameters()).device).float() / 255
+    if size != [H, W]: x = TF.resize(x, size, antialias=True)
+    return normalize(x[None], *statistics)
+
 # %% ../nbs/02_deeplabv2.ipynb #8ad6ce0c
 #| code-fold: true
 _ADVICE = "give a folder that save_pretrained wrote, such as runs/toy/model"
@@ -299,8 +322,8 @@ def _build_backbone(arch: str, num_classes: int, encoder: str | None = None) -> 
         raise UserError(f"--arch {arch}: is no network; give a subclass of torch.nn.Module")
     options = {"encoder": encoder} if encoder else {}
     if encoder and "encoder" not in signature(network).parameters:
-        raise UserError(f"--encoder {encoder}: {arch} has its own; leave the option out, "
-                        "or give --arch deeplabv2_timm")
+        raise UserError(f"--encoder {encoder}: {arch} has its own; give --encoder None, "
+                        "or --arch deeplabv2_timm")
     try: return network(num_classes=num_classes, **options)
     except UserError: raise
     except Exception as e:                                   # your own class may raise anything

@@ -23,7 +23,8 @@ from .views import IMAGENET_MEAN, IMAGENET_STD
 def _facts(model: SegmentationModel) -> str:
     "What a user of an exported network must know, as JSON."
     return json.dumps({"names": model.names, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-                       "arch": model.arch, "stride": model.stride})
+                       "arch": model.arch, "stride": model.stride,
+                       "inference_size": model.inference_size})
 
 def _export_onnx(model: SegmentationModel, images: torch.Tensor, path: Path) -> Callable:
     "Write an ONNX file; a function that runs it on images."

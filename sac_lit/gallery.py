@@ -20,10 +20,9 @@ from PIL import Image
 
 from .config import class_names, STAGES
 from .core import colorize, colors_of, IGNORE_INDEX, written_aside
-from .deeplabv2 import predicted_classes, SegmentationModel, upsample
+from .deeplabv2 import network_input, predicted_classes, SegmentationModel, upsample
 from .moving_threshold import pseudo_labels
 from .runs import load_stage, Run
-from .views import normalize
 
 # %% ../nbs/08g_gallery.ipynb #36f37fb0
 class _Networks(NamedTuple):
@@ -64,15 +63,11 @@ def _glances(run: Run, networks: _Networks, dataset) -> list[Glance]:
     spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     found = []
     for i in np.unique(spread).tolist():
-        x = _network_input(run, dataset[i]["image"])              # (1, 3, H, W)
+        x = network_input(networks.after, dataset[i]["image"])    # (1, 3, H, W)
         score, dominant = networks.after(x).float().softmax(1).max(1)  # (1, h, w) each
         changed = (networks.before(x).argmax(1) != dominant).float().mean()
         found.append(Glance(i, changed.item(), score.mean().item()))
     return found
-
-def _network_input(run: Run, image: torch.Tensor) -> torch.Tensor:
-    "An image, uint8 (3, H, W), as networks take it: (1, 3, H, W)."
-    return normalize(image[None].to(run.device) / 255)
 
 # %% ../nbs/08g_gallery.ipynb #2e4a6e5e
 def choose(glances: list[Glance],
@@ -109,10 +104,11 @@ class _Layers(NamedTuple):
 @torch.no_grad()
 def _layers_of(run: Run, networks: _Networks, sample: dict, size: tuple[int, int]) -> _Layers:
     "The layers of an image at a size (h, w)."
-    x, photo = _network_input(run, sample["image"]), _photo(sample["image"], size)
-    maps = {folder: predicted_classes(net(x), size)[0].cpu().numpy()
-            for folder, net in networks.stages.items()}
-    heat, pseudo = _supervision(run, networks, x, size)
+    image = sample["image"]
+    photo, maps = _photo(image, size), {}
+    for folder, net in networks.stages.items():
+        maps[folder] = predicted_classes(net(network_input(net, image)), size)[0].cpu().numpy()
+    heat, pseudo = _supervision(run, networks, network_input(networks.after, image), size)
     pictures = {"photo": photo, "confidence": heat}
     if "label" in sample:
         label = _smaller_label(sample["label"], size)

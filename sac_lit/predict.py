@@ -17,7 +17,6 @@ from zlib import crc32
 import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
-import torchvision.transforms.v2.functional as TF
 import tyro
 
 from sac_lit.core import (
@@ -35,9 +34,8 @@ from sac_lit.core import (
     written_aside,
 )
 from .datasets import find_layout, LAYOUTS, open_dataset, SegmentationDataset
-from .deeplabv2 import SegmentationModel, upsample
+from .deeplabv2 import network_input, SegmentationModel, upsample
 from .fast import fast_argmax, row_strips, speed_up
-from .views import normalize
 from .weights import load_snapshot
 
 # %% ../nbs/10_predict.ipynb #766f57d8
@@ -59,15 +57,12 @@ def load_network(path: str | Path,  # folder of a network, a released .pth, or a
 # %% ../nbs/10_predict.ipynb #09cd72de
 def view_logits(model: SegmentationModel,
                 image: torch.Tensor,  # uint8 (3, H, W)
-                scales=(1.,),         # sizes at which the network sees the image, as factors
+                scales=(1.,),         # beside the network's inference size, as factors
                 flip: bool = False,   # at each of them, also its mirror image
                ) -> Iterator[torch.Tensor]:  # (C, h, w) each
     "The logits of an image's views, at the network's stride."
-    image = image.to(next(model.parameters()).device).float() / 255
     for scale in scales:
-        size = [max(1, round(scale * n)) for n in image.shape[-2:]]
-        x = image if scale == 1 else TF.resize(image, size, antialias=True)
-        x = normalize(x)[None]                                 # (1, 3, H', W')
+        x = network_input(model, image, scale)                 # (1, 3, H', W')
         yield model(x)[0].float()
         if flip: yield model(x.flip(-1))[0].float().flip(-1)
 
@@ -159,7 +154,8 @@ class NetworkOptions:
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(NetworkOptions):
     "Which network to use, and how it looks at an image."
-    scales: tuple[float, ...] = (1.,)  # sizes at which each image is seen, as factors, and averaged
+    # sizes at which each image is seen, as factors of the network's inference size, and averaged
+    scales: tuple[float, ...] = (1.,)
     flip: bool = False                 # see each image mirrored as well
     mixed_precision: Literal["no", "bf16"] = "no"  # bf16: faster where the hardware can
 
@@ -180,7 +176,8 @@ class PredictOptions(NetworkOptions):
     def origin(self, model: SegmentationModel) -> dict:
         "What label maps depend on beside the images."
         return {"model": self.model, "which": self.which, "weights": _fingerprint(model),
-                "mixed_precision": self.mixed_precision, **self.how()}
+                "inference_size": model.inference_size, "mixed_precision": self.mixed_precision,
+                **self.how()}
 
 def _fingerprint(model: SegmentationModel) -> str:
     "What stands for all tensors of a network."

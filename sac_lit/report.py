@@ -39,11 +39,11 @@ from sac_lit.core import (
     use_style,
     written_aside,
 )
-from .deeplabv2 import predicted_classes
+from .deeplabv2 import network_input, predicted_classes
 from .ema_training import MomentumNetwork, pseudo_supervision, Views
 from .moving_threshold import ClassPrior
 from .runs import load_stage, Run
-from .views import IMAGENET_MEAN, IMAGENET_STD, normalize
+from .views import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../nbs/08d_report.ipynb #e5f31cf6
 def results(run: Run) -> dict[str, dict]:  # {title: the line of the log}
@@ -170,10 +170,12 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
     panels = []
     for i in np.linspace(0, len(dataset) - 1, count).astype(int):
         sample = dataset[i]
-        x = normalize(sample["image"][None].to(run.device) / 255)  # (1, 3, H, W)
-        panels.append(sample["image"])
+        image = sample["image"]  # (3, H, W)
+        panels.append(image)
         if "label" in sample: panels.append(sample["label"])
-        panels += [predicted_classes(net(x), x.shape[-2:])[0].cpu() for net in networks]
+        for net in networks:
+            logits = net(network_input(net, image))
+            panels.append(predicted_classes(logits, image.shape[-2:])[0].cpu())
     titles = ["target image", *["label"] * bool(data["val"]), *(STAGES[s].title for s in stages)]
     show(*panels, titles=titles, ncols=len(titles), width=7 / len(titles), names=names)
     class_legend(range(len(names)), names)
@@ -331,15 +333,13 @@ def _lead(run: Run) -> str:
     return f"{found} {_sizes(run)} Training took {seconds / 60:.1f} minutes."
 
 def _sizes(run: Run) -> str:
-    "At which sizes the networks were trained and evaluated, and should be used."
+    "At which sizes the networks were trained, and see images when they are used."
     c = run.cfg
     crop = c.sac.crop if "sac" in c.stages else c.abn.crop
-    said = f"Trained on {_pixels(crop)}"
-    if results(run):
-        seen = _pixels(c.data.eval_size) if c.data.eval_size else "images as they are on disk"
-        said += f", evaluated on {seen}"
-    advice = _network_config(run, STAGES["sac"].folder).get("inference_size")
-    return f"{said}; predict sees images at {_pixels(advice)}." if advice else f"{said}."
+    size = _network_config(run, STAGES["sac"].folder).get("inference_size")
+    seen = f"brought to the area of {_pixels(size)}" if size else "as they are on disk"
+    end = ", and so did the evaluation." if results(run) else "."
+    return f"Trained on {_pixels(crop)}; predict sees images {seen}{end}"
 
 def _pixels(size) -> str:
     "A size in words: height and width, or the longer side alone."

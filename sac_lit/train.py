@@ -68,6 +68,7 @@ from sac_lit.run_data import (
     log_evaluations,
     open_data,
     Recipe,
+    settle_inference_size,
     shared_samples,
     source_batch,
     target_batch,
@@ -182,10 +183,13 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
         recipe = Recipe(c.crop, c.scale, c.jitter)
 
     def evaluate_it(step):
+        if step == c.steps: settle_inference_size(run, stage, network)
         return log_evaluations(run, stage, step, {"student": network}, data["val"])
     steps = partial(supervised_steps, run, stage, model, optimizer, labelled, target, recipe)
     state = {"model": network, "optimizer": optimizer, **scaler}
-    return network, run_stage(run, stage, c.steps, steps, state, evaluate_it)
+    seconds = run_stage(run, stage, c.steps, steps, state, evaluate_it)
+    settle_inference_size(run, stage, network)  # where the evaluation was done before
+    return network, seconds
 
 def _to_adapt(run: Run, network: nn.Module, target: SegmentationDataset):
     "The target's images, unless there is no batch norm that could adapt to them."
@@ -199,6 +203,7 @@ def _first_network(run: Run, labelled: SegmentationDataset) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(cfg.seed, "weights"))
         network = build_model(cfg.arch, C, cfg.weights, names, cfg.encoder)
+        network.set_inference_size(cfg.data.eval_size)
     if run.accelerator.num_processes == 1: return network
     return share_statistics(network, run.device)
 
@@ -355,6 +360,7 @@ def _starting_network(run: Run, names) -> nn.Module:
     "The network to start from. Raises `UserError` where architecture or classes are others."
     network, start = starting_network(run), run.cfg.sac.start
     if start is None: return network
+    if not network.inference_size: network.set_inference_size(run.cfg.data.eval_size)
     _check_equal(start, "architecture", network.arch, run.cfg.arch)
     _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
     return network

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GEOMETRIC', 'COLOURED', 'BETTER', 'WORSE', 'DRIFT', 'view_theta', 'unseen_views', 'laid_back', 'agreement', 'drift',
-           'density', 'sample', 'measures', 'score', 'verdict', 'named_classes', 'Judge', 'open_judge', 'write_verdict',
+           'density', 'measures', 'score', 'verdict', 'named_classes', 'Judge', 'open_judge', 'write_verdict',
            'best_step', 'keep_by_score', 'kept_by_score', 'judge_run', 'main']
 
 # %% ../nbs/08f_verdict.ipynb #d6dbe6fb
@@ -30,7 +30,7 @@ from sac_lit.core import (
 from .crop_fusion import invert_theta, warp
 from .deeplabv2 import SegmentationModel
 from .moving_threshold import keep_confident
-from .run_data import open_data
+from .run_data import open_data, some_of
 from .runs import load_stage, reopen, Run, starting_network
 from .views import normalize
 
@@ -119,13 +119,7 @@ def density(probs: torch.Tensor,  # softmax of some pixels, (N, C)
     return torch.special.entr(similar.softmax(1)).sum(1).mean().item()
 
 # %% ../nbs/08f_verdict.ipynb #31230472
-_LIMIT = 64   # images of each domain that are looked at
 _PIXELS = 16  # of each target image, for the density
-
-def sample(dataset, domain: str) -> list[dict]:
-    "Up to `_LIMIT` samples of a data set, drawn by key."
-    order = torch.randperm(len(dataset), generator=generator(0, "verdict", domain))
-    return [dataset[i] for i in order[:_LIMIT].sort().values.tolist()]
 
 def _counts(a: torch.Tensor, b: torch.Tensor, C: int) -> torch.Tensor:
     "Pixels by class in two maps, where both have one; (C, C)."
@@ -261,8 +255,8 @@ def _in_words(s: float, classes: list[dict]) -> str:
 # %% ../nbs/08f_verdict.ipynb #c0dc7346
 def open_judge(run: Run, data: dict) -> Judge:
     "What judges the networks of a run. Raises `UserError` where ABN is not there."
-    images = [s["image"] for s in sample(data["target"], "target")]
-    source = sample(data["source"], "source")
+    images = [s["image"] for s in some_of(data["target"], "verdict target")]
+    source = [*some_of(data["source"], "verdict source")]
     statistics = run.cfg.data.source_mean, run.cfg.data.source_std
     return Judge(starting_network(run), images, source, statistics)
 
@@ -309,7 +303,7 @@ def kept_by_score(run: Run) -> SegmentationModel:
 
 _BEST = "best_by_score"  # its folder in the run's
 
-# %% ../nbs/08f_verdict.ipynb #10f6ae09
+# %% ../nbs/08f_verdict.ipynb #78439c6d
 def judge_run(folder: tyro.conf.Positional[Path],  # of a finished run, such as runs/toy
              ) -> None:
     "Write the verdict of a finished run once more, and print it. `UserError` where it is no run."
@@ -322,5 +316,5 @@ def main(argv: list[str] | None = None) -> None:
     with clean_exit():
         tyro.cli(judge_run, args=argv, prog="python -m sac_lit.verdict")
 
-# %% ../nbs/08f_verdict.ipynb #699d9a90
+# %% ../nbs/08f_verdict.ipynb #9ae96cfe
 if __name__ == "__main__" and "__file__" in globals(): main()

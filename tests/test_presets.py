@@ -105,7 +105,7 @@ def test_folder_without_validation(folders):
     assert not log(folders, "without", event="evaluation")
     assert (run / "model" / "model.safetensors").exists()
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "no evaluation" in page
+    assert page.count("data:image/png;base64") == 3 and "there is no mIoU" in page
 
 
 def test_folder_lacks_an_option(folders):

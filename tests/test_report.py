@@ -216,13 +216,12 @@ def test_a_last_line_that_was_cut_off(run):
 
 
 def test_sizes_are_told(run):
-    said = "Trained on 96 x 192 pixels, evaluated on images as they are on disk."
-    assert said in write_report(run).read_text()
-    run.cfg = replace(TOY, data=replace(TOY.data, eval_size=(180, 240)))
+    said = "Trained on 96 x 192 pixels; predict sees images {}, and so did the evaluation."
+    assert said.format("as they are on disk") in write_report(run).read_text()
     (run.folder / "model").mkdir()
     (run.folder / "model" / "config.json").write_text('{"inference_size": [360, 480]}')
-    page = write_report(run).read_text()
-    assert "evaluated on 180 x 240 pixels; predict sees images at 360 x 480 pixels." in page
+    seen = "brought to the area of 360 x 480 pixels"
+    assert said.format(seen) in write_report(run).read_text()
 
 
 def test_without_labels_there_is_no_score_to_wait_for(tmp_path):

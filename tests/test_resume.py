@@ -331,7 +331,8 @@ def test_what_is_not_finite_is_not_saved(saved):
     assert_both_are_there(run)
 
 
-@pytest.mark.parametrize("option", ["--log-every", "--checkpoint-every", "--keep", "--sac.period"])
+@pytest.mark.parametrize("option", [
+    "--log-every", "--checkpoint-every", "--checkpoints", "--sac.period"])
 def test_numbers_that_must_not_be_zero(tmp_path, option, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end: main(["toy", option, "0"])

@@ -37,7 +37,7 @@ class Page(HTMLParser):
         if tag == "a" and "href" in a: self.links.append(a["href"])
         loads = tag in ("script", "link", "img")
         self.loaded += [a[k] for k in ("src", "href") if loads and k in a]
-        if tag == "img" and not a.get("alt"): self.mute.append(a["src"])
+        if tag == "img" and "src" in a and not a.get("alt"): self.mute.append(a["src"])
         if tag not in VOID: self.open.append((tag, "math" in (a.get("class") or "").split()))
 
     def handle_endtag(self, tag):

@@ -190,7 +190,7 @@ def mixed(tmp_path_factory):
     return root
 
 
-FOLDERS = ("folder_cpu --arch deeplabv2_tiny --weights None "
+FOLDERS = ("folder_cpu --arch deeplabv2_tiny --encoder None --weights None "
            "--data.source-root day/images --data.source-labels day/labels "
            "--data.classes classes.txt --data.target-root dusk/images "
            "--data.val-root val/images --data.val-labels val/labels").split()
