@@ -212,7 +212,8 @@ def evaluate_shared(run: Run, model: nn.Module, dataset: SegmentationDataset,
     "Confusion matrix over all processes. Raises `Stopped` where the run was asked to stop."
     model.eval()
     def predict(image):  # uint8 (3, H, W)
-        logits = model(network_input(model, image, statistics=statistics))
+        x = network_input(model, image, statistics=statistics)
+        logits = model.backbone(x)  # in float32: Accelerate's precision wraps the model
         return fast_predicted_classes(logits, image.shape[-2:])[0].cpu()
     samples = shared_samples(run, dataset, "during an evaluation")
     cm = evaluate(predict, samples, model.num_classes)

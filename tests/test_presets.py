@@ -112,3 +112,46 @@ def test_folder_lacks_an_option(folders):
     done = adapt(folders, "--data.classes", "None", "--name", "no_classes")
     assert done.returncode == 2 and "--data.classes" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def sized(folders):
+    "A run on images that are made smaller for the network, with some that stand upright."
+    for path in (folders / "val" / "images").rglob("000.png"):
+        for file in (path, folders / "val" / "labels" / path.relative_to(folders / "val/images")):
+            Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file)
+    small = "--data.source-size 16 32 --data.target-size 16 32 --data.eval-size 16 32".split()
+    crops = "--abn.crop 16 32 --sac.crop 16 32".split()
+    val = ("--data.val-root", "val/images", "--data.val-labels", "val/labels")
+    done = adapt(folders, *val, *small, *crops, "--name", "sized", "--mixed-precision", "bf16")
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+def test_report_and_predict_give_the_same_figures(sized):
+    "Network, sizes and labels are the same, whatever precision the training had."
+    run = sized / "runs" / "sized"
+    for stage, folder in (("abn", "model_abn"), ("sac", "model")):
+        place = "--labels val/labels --classes classes.txt --ignore 7".split()
+        done = command(sized, "evaluate", f"runs/sized/{folder}", "val/images", "--layout",
+                       "folder", *place, "--out", stage, module="sac_lit.predict")
+        assert done.returncode == 0, done.stderr
+        scores = json.loads((sized / stage / "scores.json").read_text())
+        row = log(sized, "sized", event="evaluation", stage=stage, network="student")[-1]
+        known = [None if x is None else round(100 * x, 2) for x in scores["iou"].values()]
+        assert known == row["iou"]
+        assert np.sum(scores["confusion"]) == sum(
+            (np.array(Image.open(p)) != 7).sum() for p in (sized / "val/labels").rglob("*.png"))
+    assert "brought to the area of" in (run / "report.html").read_text()
+
+
+def test_the_size_is_settled_on_the_source(sized):
+    "The best one of those that were tried, by the source; the joint stage's network keeps it."
+    row, = log(sized, "sized", event="inference_size")
+    assert row["stage"] == "abn" and list(row["tried"])[0] == "16x32"
+    assert list(row["tried"])[-1] == "32x64"                 # the size of the images
+    best = max(row["tried"], key=row["tried"].get)
+    assert "x".join(map(str, row["size"])) == best
+    for folder in ("model_abn", "model", "momentum"):
+        config = json.loads((sized / "runs/sized" / folder / "config.json").read_text())
+        assert config["inference_size"] == row["size"]
