@@ -34,7 +34,10 @@ COMMANDS = {  # word: (module:function, what it does)
     "train": ("sac_lit.train:main", "train a preset, go on with a run, or redraw its report"),
     "datasets": ("sac_lit.audit:main", "check a data set before training on it"),
     "predict": ("sac_lit.predict:main", "evaluate, label images and videos, export"),
+    "verdict": ("sac_lit.verdict:main", "judge a run without labels"),
+    "few_labels": ("sac_lit.few_labels:main", "which target images to label first"),
     "experiments": ("sac_lit.experiments:main", "switch off each part of the method in turn"),
+    "reliability": ("sac_lit.reliability:main", "measure how often verdicts are right"),
     "bench": ("sac_lit.bench:main", "measure time and memory of a step")}
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,10 +51,18 @@ def results(run: Run) -> dict[str, dict]:  # {title: the line of the log}
     found = {}
     for stage, entry in STAGES.items():
         rows = run.rows(event="evaluation", stage=stage, network="student")
+        if stage == "abn" and not rows: rows = _rows_before(run)
         kept = run.rows(event="kept", stage=stage)       # with --keep score; else the last
         if kept: rows = [row for row in rows if row["step"] <= kept[-1]["step"]]
         if rows: found[entry.title] = rows[-1]
     return found
+
+def _rows_before(run: Run) -> list[dict]:
+    "Evaluations of the network that `--sac.start` names, where a run with the same data left it."
+    start = Path(run.cfg.sac.start or "")
+    if start.name != STAGES["abn"].folder or not (start.parent / "config.json").exists(): return []
+    if load_config(start.parent).data != run.cfg.data: return []
+    return Run(None, None, start.parent).rows(event="evaluation", stage="abn", network="student")
 
 def means_of(cfg: Config,
              names=None,  # of the classes; by default those of the configuration

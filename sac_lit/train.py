@@ -445,7 +445,8 @@ def _what_it_takes(run: Run) -> str:
     "Processes, threads and precision, for the first line that a run prints."
     P, device = run.accelerator.num_processes, run.device.type
     processes = f"{P} processes" if P > 1 else "1 process"
-    threads = f", {run.cfg.threads} threads each" if device == "cpu" else ""
+    n = run.cfg.threads
+    threads = f", {n} thread{'s' * (n > 1)} each" if device == "cpu" else ""
     precision = {"no": "float32"}.get(run.cfg.mixed_precision, run.cfg.mixed_precision)
     return f"{processes} on {device}{threads}, {precision}"
 

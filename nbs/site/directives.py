@@ -14,7 +14,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, strip_ansi
 
 NBS = Path(__file__).parents[1]
-FIRST, LAST = ("index", "method"), ("changing",)   # pages beside the numbered ones
+FIRST, LAST = ("index", "method"), ("own_images", "changing")   # pages beside the numbered ones
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")      # relative: path, anchor
 CALLOUT = re.compile(  # kind, attributes, body
     r"^::: *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:::$", re.M | re.S)
