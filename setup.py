@@ -24,7 +24,7 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=[lib, f"{lib}.results"],
     package_dir={f"{lib}.results": "nbs/results"},  # what the notebooks read, and no code
-    package_data={lib: ["py.typed"], f"{lib}.results": ["*.json", "*.png"]},
+    package_data={lib: ["py.typed"], f"{lib}.results": ["*.json", "*.jpg", "*.png"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in extras},

@@ -137,7 +137,7 @@ class Config:
     keep: Literal["last", "score"] = "last"  # joint stage's network: the last, or by the verdict
     when_full: Literal["stop", "continue"] = "stop"  # where a checkpoint cannot be written
     threads: int | None = None  # of each process on a CPU; None: what the machine has
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # precision; None: as launched
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: by launcher or processor
     compile: bool = False  # compile the networks with torch.compile
     channels_last: bool = False  # keep the networks' tensors with channels as the last dimension
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
@@ -305,6 +305,7 @@ TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed
 
 TOY = Config(  # the preset `toy`
     name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA,
+    mixed_precision="no",             # as in the runs of the tables
     log_every=25, eval_every=250, checkpoint_every=250,
     abn=ABNConfig(
         optimizer="adam", lr=3e-3, schedule="poly", steps=800,

@@ -25,6 +25,7 @@ from .datasets import SegmentationDataset
 from .deeplabv2 import SegmentationModel
 from .fast import speed_up
 from .run_data import target_data, val_data
+from .runs import load_stage, reopen, starting_network
 from .views import normalize
 
 # %% ../nbs/09a_few_labels.ipynb #d22fdb83
@@ -42,13 +43,10 @@ def look(networks: list[nn.Module],
 
 def networks_of(folder: Path) -> list[SegmentationModel]:
     "The networks of a run before and after the joint stage. `UserError` where it has none."
-    cfg = load_config(folder)
-    before = cfg.sac.start or folder / STAGES["abn"].folder
-    paths = [Path(before), folder / STAGES["sac"].folder]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = [SegmentationModel.from_pretrained(p) for p in paths if p.is_dir()]
-    if not found: raise UserError(f"{folder}: no network in it; train there first")
-    return [speed_up(net.eval()).to(device) for net in found]
+    run = reopen(folder)
+    found = [starting_network(run)]
+    if (folder / STAGES["sac"].folder).is_dir(): found.append(load_stage(run, "sac"))
+    return [speed_up(net.eval()) for net in found]
 
 # %% ../nbs/09a_few_labels.ipynb #a8cb0d17
 def choose(uncertainty: np.ndarray,  # u, (N,)

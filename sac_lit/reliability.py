@@ -36,11 +36,7 @@ SETTINGS = {  # options of the joint stage, by title
     "teacher is the student, 2e-3": "--sac.gamma-psi 0 --sac.lr 2e-3",
     "frozen teacher": "--sac.gamma-psi 1",
     "other colours of the source": "--data.source-mean .9 .2 .4",
-    "almost nothing accepted": "--sac.loss.zeta .99 --sac.loss.beta 1e-5 --sac.loss.floor .98",
-    "no noise": "--sac.noise",
-    "target alone": "--sac.lr 5e-3 --sac.loss.target-weight 100 --sac.gamma-psi .9",
-    "learning rate 5e-5": "--sac.lr 5e-5",
-    "tiny views": "--sac.view-scale .1 .2"}
+    "no noise": "--sac.noise"}
 
 BASE = replace(  # the preset toy, shorter
     TOY, name="verdict", eval_every=0, mixed_precision="bf16",
