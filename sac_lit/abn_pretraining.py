@@ -94,13 +94,19 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 _over_processes = _MeanOverProcesses.apply
 
+class _SharedBatchNorm1d(SharedBatchNorm2d):
+    "The same for (B, K) or (B, K, N), which a few transformers have."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(*x.shape[:2], -1, 1)).view(x.shape)
+
+_SHARED = {nn.BatchNorm1d: _SharedBatchNorm1d, nn.BatchNorm2d: SharedBatchNorm2d}
+
 def share_statistics(model: nn.Module,
                      device: torch.device,
                     ) -> nn.Module:
     "Let batch norm see all processes' images: `SyncBatchNorm` on GPUs, else `SharedBatchNorm2d`."
     if device.type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for m in model.modules():
-        if type(m) is nn.BatchNorm2d: m.__class__ = SharedBatchNorm2d
+    for m in model.modules(): m.__class__ = _SHARED.get(type(m), type(m))
     return model
 
 # %% ../nbs/03_abn_pretraining.ipynb #b48db6c6

@@ -237,6 +237,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         self.names = _class_names(names, num_classes)
         self.backbone = _build_backbone(arch, num_classes, encoder)
         self.encoder = getattr(self.backbone, "encoder_name", None)
+        self._hub_mixin_config["encoder"] = self.encoder  # by name, also where it was left out
         self.stride = _output_stride(self.backbone, arch, num_classes)
         self.new = _new_layers(self.backbone, arch)      # layers that ImageNet does not know
         self.set_inference_size(inference_size)

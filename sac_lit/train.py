@@ -362,6 +362,7 @@ def _starting_network(run: Run, names) -> nn.Module:
     if start is None: return network
     if not network.inference_size: network.set_inference_size(run.cfg.data.eval_size)
     _check_equal(start, "architecture", network.arch, run.cfg.arch)
+    _check_equal(start, "encoder", network.encoder, run.cfg.encoder or network.encoder)
     _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
     return network
 
