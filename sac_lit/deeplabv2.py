@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'ASPP', 'dilate', 'DeepLabResNet101', 'DeepLabVGG16', 'upsample', 'predicted_classes', 'FCN8sVGG16',
-           'DeepLabTiny', 'SegmentationModel', 'network_input', 'mismatch', 'load_imagenet', 'read_weights',
-           'build_model', 'param_groups']
+           'DeepLabTiny', 'SegmentationModel', 'mismatch', 'load_imagenet', 'read_weights', 'build_model',
+           'param_groups', 'network_input']
 
 # %% ../nbs/02_deeplabv2.ipynb #0b7e0294
 import io
@@ -281,20 +281,6 @@ def _class_names(names, num_classes: int) -> tuple[str, ...]:
                         "give one name for each class")
     return names
 
-# %% ../nbs/02_deeplabv2.ipynb #467513d8
-def network_input(model: SegmentationModel,
-                  image: torch.Tensor,   # uint8 (3, H, W)
-                  scale: float = 1.,     # of its sides, beside the network's inference size
-                  statistics=(None, None),  # mean and deviation; by default ImageNet's
-                 ) -> torch.Tensor:      # normalised (1, 3, H', W')
-    "An image as a network is to see it, on the network's device."
-    H, W = image.shape[-2:]
-    if model.inference_size: scale *= math.sqrt(math.prod(model.inference_size) / (H * W))
-    size = [max(1, round(scale * n)) for n in (H, W)]
-    x = image.to(next(model.parameters()).device).float() / 255
-    if size != [H, W]: x = TF.resize(x, size, antialias=True)
-    return normalize(x[None], *statistics)
-
 # %% ../nbs/02_deeplabv2.ipynb #8ad6ce0c
 #| code-fold: true
 _ADVICE = "give a folder that save_pretrained wrote, such as runs/toy/model"
@@ -450,3 +436,17 @@ def param_groups(model: SegmentationModel,
     return [{"name": name, "params": params[name],
              "lr": speed * lr, "weight_decay": decay * weight_decay}
             for name, (speed, decay) in factors.items() if params[name]]
+
+# %% ../nbs/02_deeplabv2.ipynb #467513d8
+def network_input(model: SegmentationModel,
+                  image: torch.Tensor,   # uint8 (3, H, W)
+                  scale: float = 1.,     # of its sides, beside the network's inference size
+                  statistics=(None, None),  # mean and deviation; by default ImageNet's
+                 ) -> torch.Tensor:      # normalised (1, 3, H', W')
+    "An image as a network is to see it, on the network's device."
+    H, W = image.shape[-2:]
+    if model.inference_size: scale *= math.sqrt(math.prod(model.inference_size) / (H * W))
+    size = [max(1, round(scale * n)) for n in (H, W)]
+    x = image.to(next(model.parameters()).device).float() / 255
+    if size != [H, W]: x = TF.resize(x, size, antialias=True)
+    return normalize(x[None], *statistics)

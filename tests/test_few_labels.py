@@ -454,7 +454,8 @@ def test_a_number_of_images_that_are_not_there(city, capsys, count):
 
 def test_a_run_without_networks(city):
     open_run(replace(SMALL, name="empty"))
-    with pytest.raises(UserError, match="runs/empty/model_abn: no such network"): propose(Path("runs/empty"))
+    with pytest.raises(UserError, match="runs/empty/model_abn: no such network"):
+        propose(Path("runs/empty"))
     assert len(networks_of(Path("runs/small"))) == 2
     shutil.rmtree("runs/small/model")
     assert len(networks_of(Path("runs/small"))) == 1
