@@ -1,6 +1,7 @@
 """Encoders of timm under DeepLab's head: kept, made faster, trained, exported, and refused."""
 import copy
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 from sac_lit import encoders
 from sac_lit.abn_pretraining import share_statistics, SharedBatchNorm2d
 from sac_lit.core import generator, UserError
-from sac_lit.deeplabv2 import build_model, SegmentationModel
-from sac_lit.encoders import packaged_weights
+from sac_lit.deeplabv2 import build_model, load_imagenet, SegmentationModel
+from sac_lit.encoders import create_encoder, packaged_weights
 from sac_lit.export import export, FORMATS
 from sac_lit.fast import checkpoint_gradients, FoldedConv2d, speed_up
 from sac_lit.weights import load_snapshot, save_snapshot
@@ -357,6 +358,27 @@ def test_timm_is_named_where_it_is_not_installed(files, options):
     args = "toy", *SMALL, "--arch", ARCH, "--name", name, *options
     done = forked(_without_timm, args, cwd=files)
     assert_refused(files, done, name, ["timm is not installed", "pip install 'sac_lit[timm]'"])
+
+
+def test_an_encoder_without_features_is_refused(monkeypatch):
+    "All of this version of timm give some, in one of the ways of asking."
+    def fails(*args, **kwargs): raise RuntimeError("features_only is\nnot there")
+    monkeypatch.setattr(timm, "create_model", fails)
+    with pytest.raises(UserError, match="resnet18: gives no features .* features_only is not"):
+        create_encoder("resnet18")
+
+
+def test_a_hub_that_is_not_reached_says_one_sentence(monkeypatch, caplog):
+    "The hub's own lines, one for each attempt, are kept back, then and only then."
+    hub = logging.getLogger("huggingface_hub")
+    def fails(*args, **kwargs):
+        hub.warning("Retrying in 1s")
+        raise OSError("no route to host")
+    net = network("resnet18")
+    monkeypatch.setattr(timm, "create_model", fails)
+    with pytest.raises(UserError, match="resnet18 could not be fetched .OSError: no route"):
+        load_imagenet(net, "imagenet")
+    assert not caplog.records and hub.isEnabledFor(logging.WARNING)
 
 
 def test_a_package_that_is_damaged_is_named(lite0, tmp_path, monkeypatch):
