@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GEOMETRIC', 'COLOURED', 'BETTER', 'WORSE', 'DRIFT', 'view_theta', 'unseen_views', 'laid_back', 'agreement', 'drift',
            'density', 'measures', 'score', 'verdict', 'named_classes', 'Judge', 'open_judge', 'write_verdict',
-           'best_step', 'keep_by_score', 'kept_by_score', 'judge_run', 'main']
+           'best_step', 'keep_by_score', 'kept_by_score', 'main']
 
 # %% ../nbs/08f_verdict.ipynb #d6dbe6fb
 import json
@@ -304,8 +304,8 @@ def kept_by_score(run: Run) -> SegmentationModel:
 _BEST = "best_by_score"  # its folder in the run's
 
 # %% ../nbs/08f_verdict.ipynb #78439c6d
-def judge_run(folder: tyro.conf.Positional[Path],  # of a finished run, such as runs/toy
-             ) -> None:
+def _judge_run(folder: tyro.conf.Positional[Path],  # of a finished run, such as runs/toy
+              ) -> None:
     "Write the verdict of a finished run once more, and print it. `UserError` where it is no run."
     run = reopen(folder)
     found = write_verdict(run, open_data(run))
@@ -314,7 +314,7 @@ def judge_run(folder: tyro.conf.Positional[Path],  # of a finished run, such as 
 def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.verdict FOLDER`."
     with clean_exit():
-        tyro.cli(judge_run, args=argv, prog="python -m sac_lit.verdict")
+        tyro.cli(_judge_run, args=argv, prog="python -m sac_lit.verdict")
 
 # %% ../nbs/08f_verdict.ipynb #9ae96cfe
 if __name__ == "__main__" and "__file__" in globals(): main()
