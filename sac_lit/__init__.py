@@ -37,7 +37,6 @@ COMMANDS = {  # word: (module:function, what it does)
     "verdict": ("sac_lit.verdict:main", "judge a run without labels"),
     "few_labels": ("sac_lit.few_labels:main", "which target images to label first"),
     "experiments": ("sac_lit.experiments:main", "switch off each part of the method in turn"),
-    "reliability": ("sac_lit.reliability:main", "measure how often verdicts are right"),
     "bench": ("sac_lit.bench:main", "measure time and memory of a step")}
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from sac_lit.config import check_same, class_names, Config, load_config, PRESETS
 from sac_lit.core import clean_exit, UserError, written_aside
 from sac_lit.experiments import scores
 from sac_lit.predict import load_network, predict
+from sac_lit.report import load_verdict
 from sac_lit.run_data import val_data
 
 OUT = Path(__file__).parents[1] / "results"
@@ -57,7 +58,8 @@ def collect(preset: str, folders: list[Path]) -> dict:
                        mixed_precision=cfg.mixed_precision)
         if not same.data.source_root: same = replace(same, data=cfg.data)
         check_same(folder, same)
-        runs.append({"name": cfg.name, "seed": cfg.seed, **found})
+        said = {k: load_verdict(folder).get(k) for k in ("verdict", "score")}
+        runs.append({"name": cfg.name, "seed": cfg.seed, **said, **found})
         lines += commands(preset, cfg, found)
     return {"command": "\n".join(lines), "classes": class_names(cfg), "runs": runs}
 
