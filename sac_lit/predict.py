@@ -203,7 +203,8 @@ class Evaluate(PredictOptions):
 
     def data(self) -> SegmentationDataset:
         "The labelled images."
-        if self.labels is None and find_layout(self.layout, self.split).apart:
+        layout = find_layout(self.layout, self.split, option="--layout")
+        if self.labels is None and layout.apart:
             raise UserError(f"--layout {self.layout}: give the folder of the label maps with "
                             "--labels")
         return open_dataset(self.layout, self.root, self.labels or True, self.split, self.classes,

@@ -245,7 +245,7 @@ def test_a_layout_that_cannot_be_right_gets_one_sentence(tmp_path, monkeypatch, 
     "Before any file is looked for."
     monkeypatch.setitem(LAYOUTS, "mine", layout)
     text = message(open_dataset, "mine", tmp_path)
-    assert text.startswith("--layout mine: ") and words in text and "\n" not in text
+    assert text.startswith("layout mine: ") and words in text and "\n" not in text
 
 
 def test_the_answer_that_adds_a_layout(tmp_path, monkeypatch):

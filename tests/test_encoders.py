@@ -282,7 +282,8 @@ def test_threads_and_precision_stay_those_that_a_run_began_with(whole):
     given = SMALL[:SMALL.index("--threads")]
     args = "toy", *given, *TIMM, "--stages", "--name", "kept"
     config = whole / "runs" / "kept" / "config.json"
-    for options in (("--threads", "3", "--mixed-precision", "bf16"), ()):
+    for options in (("--threads", "3", "--mixed-precision", "bf16"),
+                    ("--mixed-precision", "None")):        # the preset says no
         done = command(whole, *args, *options)
         assert done.returncode == 0, done.stderr
         assert "kept: 1 process on cpu, 3 threads each, bf16" in done.stdout

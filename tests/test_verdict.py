@@ -16,7 +16,7 @@ from sac_lit.config import load_config, TOY, TOY_DATA
 from sac_lit.core import generator, IGNORE_INDEX
 from sac_lit.deeplabv2 import build_model
 from sac_lit.report import load_verdict, results
-from sac_lit.run_data import _source_data, open_data, target_data
+from sac_lit.run_data import _source_data, open_data, some_of, target_data
 from sac_lit.runs import open_run, Run
 from sac_lit.verdict import (
     agreement,
@@ -32,7 +32,6 @@ from sac_lit.verdict import (
     measures,
     named_classes,
     open_judge,
-    sample,
     score,
     unseen_views,
     verdict,
@@ -166,11 +165,11 @@ def test_a_collapsed_network_is_not_steady():
     assert found["entropy"] < 1e-3 and found["drift"] > 2 and found["accepted"] > .9
 
 
-def test_sample_is_drawn_by_key():
+def test_some_are_drawn_by_key():
     data = [{"image": i} for i in range(200)]
-    one, two = sample(data, "target"), sample(data, "target")
-    assert one == two and len(one) == 64 and one != sample(data, "source")
-    assert len(sample(data[:5], "target")) == 5
+    one, two, other = ([*some_of(data, key)] for key in ("target", "target", "source"))
+    assert one == two and len(one) == 64 and one != other
+    assert [*some_of(data[:5], "target")] == data[:5]
 
 
 # ---------------------------------------------------------------- score and verdict
