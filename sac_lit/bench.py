@@ -66,7 +66,7 @@ from sac_lit.fast import (
     fast_pseudo_supervision,
     fold_bn,
     heads_by_taps,
-    in_parts,
+    in_micro_batches,
     micro_batched,
     speed_up,
 )
@@ -129,12 +129,9 @@ class Workload:
     def how(self):
         "The forms of the step's parts."
         how, n = PLAIN if self.settings.plain else FAST, self.settings.micro_batch
-        passes, supervise = how.forward_backward, how.pseudo_supervision
-        if n: passes = micro_batched(n)
-        def supervise_in_parts(teacher, *args):
-            return supervise(in_parts(teacher, n) if n else teacher, *args)
-        passes = partial(passes, backward=lambda loss: self.backward(loss))
-        return replace(how, forward_backward=passes, pseudo_supervision=supervise_in_parts)
+        if n: how = in_micro_batches(how, n)
+        passes = partial(how.forward_backward, backward=lambda loss: self.backward(loss))
+        return replace(how, forward_backward=passes)
 
 # %% ../nbs/12_performance.ipynb #08e74d25
 def _network(s: Settings):

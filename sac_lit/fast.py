@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAST', 'fast_crop_and_resize', 'FoldedConv2d', 'FoldedBatchNorm2d', 'fold_bn', 'ASPPByTaps', 'heads_by_taps',
            'speed_up', 'row_strips', 'fast_argmax', 'fast_top_class', 'fast_predicted_classes', 'fast_cross_entropy',
-           'fast_pseudo_supervision', 'in_parts', 'micro_batched', 'checkpoint_gradients']
+           'fast_pseudo_supervision', 'in_parts', 'micro_batched', 'in_micro_batches', 'checkpoint_gradients']
 
 # %% ../nbs/08a_fast.ipynb #0b7e0294
 import math
@@ -24,7 +24,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from .core import IGNORE_INDEX, UserError
 from .crop_fusion import fuse
 from .deeplabv2 import ARCHS, ASPP, upsample
-from .ema_training import forward_backward, MomentumNetwork, PLAIN, SelfSupervision, Views
+from sac_lit.ema_training import (
+    Execution,
+    forward_backward,
+    MomentumNetwork,
+    PLAIN,
+    SelfSupervision,
+    Views,
+)
 from .moving_threshold import ClassPrior, pseudo_labels
 from .views import _check_boxes
 
@@ -300,6 +307,15 @@ def micro_batched(size: int,  # images in one pass
             total = total + share * loss
         return total
     return passes
+
+def in_micro_batches(how: Execution, size: int,  # images in one pass
+                     no_sync=nullcontext,  # as in `micro_batched`
+                    ) -> Execution:
+    "A step carried out in parts: the student's passes, and the teacher's."
+    supervise = how.pseudo_supervision
+    def supervise_in_parts(teacher, *args): return supervise(in_parts(teacher, size), *args)
+    passes = micro_batched(size, no_sync)
+    return replace(how, forward_backward=passes, pseudo_supervision=supervise_in_parts)
 
 # %% ../nbs/08a_fast.ipynb #3736780e
 @contextmanager

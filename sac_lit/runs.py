@@ -45,7 +45,7 @@ from .core import flush, lookup, progress, remove, Stopped, UserError, watched, 
 from .datasets import SegmentationDataset
 from .deeplabv2 import SegmentationModel
 from .ema_training import Execution, PLAIN
-from .fast import FAST, fast_crop_and_resize, in_parts, micro_batched
+from .fast import FAST, fast_crop_and_resize, in_micro_batches
 from .importance_sampling import epoch_index, StepSampler
 from .machine import bf16_speed, FASTER, keep_pages, threads_of_a_process
 from .views import collate, crop_and_resize, draw_sigma, NOISE
@@ -196,11 +196,7 @@ class Run(Processes, Log):
         "How this process carries out the joint step: Accelerate moves gradients, means and views."
         no_sync = partial(self.accelerator.no_sync, model)
         how = replace(self.execution, no_sync=no_sync, reduce=self.reduce)
-        if micro_batch:
-            supervise, passes = how.pseudo_supervision, micro_batched(micro_batch, no_sync)
-            def supervise_in_parts(teacher, *args):
-                return supervise(in_parts(teacher, micro_batch), *args)
-            how = replace(how, forward_backward=passes, pseudo_supervision=supervise_in_parts)
+        if micro_batch: how = in_micro_batches(how, micro_batch, no_sync)
         if share.peers: how = replace(how, gather=partial(self.gather_views, share=share))
         passes = partial(how.forward_backward, backward=self.accelerator.backward)
         return replace(how, forward_backward=passes)
