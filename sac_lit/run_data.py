@@ -264,7 +264,10 @@ def settle_inference_size(run: Run, stage: str, network: SegmentationModel) -> N
     usual, rows = run.cfg.data.eval_size, run.rows(event="inference_size", stage=stage)
     if usual is None: return
     if run.agreed(not rows):
-        scores = {size: _source_miou(run, network, size) for size in _sizes(run, usual)}
+        source = _source_data(replace(run.cfg.data, source_size=None))
+        images = some_of(source, "inference size")
+        scores = {size: _source_miou(run, network, images, size)
+                  for size in _sizes(usual, source[0]["image"])}
         best = max(scores, key=scores.get)  # of equals the first
         tried = {"x".join(map(str, size)): round(miou, 2) for size, miou in scores.items()}
         row = dict(event="inference_size", stage=stage, step=run.cfg.abn.steps)
@@ -272,20 +275,20 @@ def settle_inference_size(run: Run, stage: str, network: SegmentationModel) -> N
     else: best = rows[-1]["size"]
     network.set_inference_size(best)
 
-def _source_miou(run: Run, network: SegmentationModel, size: tuple[int, int]) -> float:
+def _source_miou(run: Run, network: SegmentationModel, images: Subset, size) -> float:
     "mIoU in per cent on images of the source, seen at a size."
     network.set_inference_size(size)
     d = run.cfg.data
-    images = some_of(_source_data(replace(d, source_size=None)), "inference size")
     cm = evaluate_shared(run, network, images, (d.source_mean, d.source_std))
     classes, *_ = means_of(run.cfg).values()
     return 100 * cm.miou(classes)
 
-def _sizes(run: Run, usual: tuple[int, int]) -> list[tuple[int, int]]:
-    "Sizes to try, none of them larger than the source's first image."
-    first = _source_data(replace(run.cfg.data, source_size=None))[0]["image"]  # (3, H, W)
+def _sizes(usual: tuple[int, int],
+           image: torch.Tensor,  # (3, H, W)
+          ) -> list[tuple[int, int]]:
+    "Sizes to try, none but the first larger than an image."
     sizes = [tuple(round(factor * n) for n in usual) for factor in _FACTORS]
-    return [usual, *(s for s in sizes[1:] if math.prod(s) <= first[0].numel())]
+    return [usual, *(s for s in sizes[1:] if math.prod(s) <= image[0].numel())]
 
 def some_of(dataset: SegmentationDataset, key: str, most: int = 64) -> Subset:
     "Up to 64 samples of a data set, drawn by key, in the data set's order."
