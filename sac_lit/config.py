@@ -194,7 +194,8 @@ def _is_noise(noise, cfg: Config) -> bool:
     return noise.apply(images, amounts).shape == images.shape
 
 # %% ../nbs/08b_config.ipynb #b1aa21f8
-_IN_A_RUN = {"best_by_target_labels", "checkpoints", "figures", "momentum"}  # other folders
+_IN_A_RUN = {  # folders that are no stage's
+    "best_by_score", "best_by_target_labels", "checkpoints", "figures", "gallery", "momentum"}
 
 def _is_stage(stage, cfg: Config) -> bool:
     "Whether an object is a `Stage` that can be trained beside those that are in the table."

@@ -92,6 +92,7 @@ LOST = STAGE._replace(train="own_things:nothing")
 SAME_FOLDER = STAGE._replace(folder="model")
 SAME_TITLE = STAGE._replace(title="SAC")
 MOMENTUM = STAGE._replace(folder="momentum")
+GALLERY = STAGE._replace(folder="gallery")
 BELOW = STAGE._replace(folder="models/own")
 NO_SETTINGS = STAGE._replace(settings="own")
 SEED = STAGE._replace(settings="seed")
@@ -215,6 +216,7 @@ def test_what_does_not_fit_is_refused_with_what_was_expected(own, option):
     ("stages", "SAME_FOLDER", "the folder model is taken"),
     ("stages", "SAME_TITLE", "the title SAC is taken"),
     ("stages", "MOMENTUM", "the folder momentum is taken"),
+    ("stages", "GALLERY", "the folder gallery is taken"),
     ("stages", "BELOW", "'models/own' is no name of a folder"),
     ("stages", "NO_SETTINGS", "its settings are own, not abn or sac"),
     ("stages", "SEED", "its settings are seed, not abn or sac"),

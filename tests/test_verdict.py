@@ -12,7 +12,7 @@ from jobs import command, SMALL
 from PIL import Image
 from safetensors.torch import load_file
 
-from sac_lit.config import load_config, TOY, TOY_DATA
+from sac_lit.config import _IN_A_RUN, load_config, STAGES, TOY, TOY_DATA
 from sac_lit.core import generator, IGNORE_INDEX
 from sac_lit.deeplabv2 import build_model
 from sac_lit.report import load_verdict, results
@@ -331,5 +331,7 @@ def test_a_run_that_keeps_by_score(tmp_path):
     kept = load_file(folder / "best_by_score" / "model.safetensors")
     assert saved.keys() == kept.keys() and all(torch.equal(saved[k], kept[k]) for k in saved)
     assert load_verdict(folder)["text"] in done.stdout
+    folders = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert folders <= _IN_A_RUN | {entry.folder for entry in STAGES.values()}
     score = next(r["score"] for r in run.rows(event="score") if r["step"] == step)
     assert math.isclose(load_verdict(folder)["score"], score, abs_tol=2e-3)
