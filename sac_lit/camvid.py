@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMVID_CLASSES', 'FORMS', 'ARCHIVE', 'SHIFTS', 'part_of', 'Form', 'camvid_frames', 'find_camvid', 'camvid_labels',
            'prepare_camvid', 'cache_folder', 'Archive', 'download', 'unpack', 'camvid_folder', 'camvid_settings',
-           'night', 'haze', 'sensor', 'shift_folder', 'main']
+           'night', 'haze', 'sensor', 'through_jpeg', 'shift_folder', 'main']
 
 # %% ../nbs/01c_camvid.ipynb #9b7c9f63
 import gzip
@@ -229,10 +229,13 @@ def _fetch_rest(archive: Archive, part: Path, start: int) -> str:
     return "the connection ended early"
 
 # %% ../nbs/01c_camvid.ipynb #82224488
+def _md5_of_first(archive: Archive, file: Path) -> str:
+    "Checksum of as many of a file's bytes as that of the archive is of."
+    with open(file, "rb") as f: return hashlib.md5(f.read(archive.first)).hexdigest()
+
 def _checked(archive: Archive, file: Path, path: Path) -> Path:
     "The file, if size and checksum are right; else it is set aside, and `UserError` raised."
-    problem = ""
-    with open(file, "rb") as f: md5 = hashlib.md5(f.read(archive.first)).hexdigest()
+    problem, md5 = "", _md5_of_first(archive, file)
     if md5 != archive.md5: problem = f"the checksum of its beginning is {md5}, not {archive.md5}"
     size = _bytes_in(file)
     if size != archive.size: problem = f"it has {size} bytes, not {archive.size}"
@@ -287,9 +290,7 @@ def _from_folder(cache: Path, root: Path) -> Path:
 def _from_archive(cache: Path, path: Path | None) -> Path:
     "From the user's archive, or from the one on the web."
     size, md5 = ARCHIVE.size, ARCHIVE.md5
-    if path:
-        with open(path, "rb") as f: md5 = hashlib.md5(f.read(ARCHIVE.first)).hexdigest()
-        size = _bytes_in(path)
+    if path: size, md5 = _bytes_in(path), _md5_of_first(ARCHIVE, path)
     folder = cache/f"camvid-{fingerprint(size, md5)}"
     if (folder/_MARK).exists(): return folder
     file = path or download(ARCHIVE, cache/"camvid.tgz")
@@ -368,12 +369,16 @@ def sensor(image: torch.Tensor,  # uint8 (3, H, W)
     light = light.clamp(0, 1) ** _uniform(rng, .85, 1.1)
     noise = torch.randn(image.shape, generator=rng) * .035
     noisy = (_picture(light) / 255. + noise).clamp(0, 1)
-    return _through_jpeg((noisy * 255).round().to(torch.uint8), quality)
+    return through_jpeg((noisy * 255).round().to(torch.uint8), quality)
 
-def _through_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+def through_jpeg(image: torch.Tensor,  # uint8 (3, H, W)
+                 quality: int,
+                ) -> torch.Tensor:     # the same form
+    "The image as a JPEG file brings it back."
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
+    pixels = np.array(Image.open(file)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels).to(image.device)
 
 SHIFTS = {"night": night, "haze": haze, "sensor": sensor}
 

@@ -10,16 +10,14 @@ __all__ = ['GEOMETRIC', 'COLOURED', 'BETTER', 'WORSE', 'DRIFT', 'view_theta', 'u
 # %% ../nbs/08f_verdict.ipynb #d6dbe6fb
 import json
 import math
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 
+from .camvid import through_jpeg
 from sac_lit.core import (
     clean_exit,
     ConfusionMatrix,
@@ -58,14 +56,7 @@ def _thetas(size) -> torch.Tensor:  # (G, 2, 3)
 # %% ../nbs/08f_verdict.ipynb #3fff9fbd
 COLOURED = {  # uint8 image (3, H, W) -> float in [0, 1]
     "darker": lambda image: (image / 255) ** 1.5,
-    "jpeg": lambda image: _compressed(image) / 255}
-
-def _compressed(image: torch.Tensor, quality: int = 30) -> torch.Tensor:
-    "The image as a JPEG file brings it back: uint8 (3, H, W) twice."
-    file = BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
-    pixels = np.array(Image.open(file)).transpose(2, 0, 1)
-    return torch.from_numpy(pixels).to(image.device)
+    "jpeg": lambda image: through_jpeg(image, quality=30) / 255}
 
 def unseen_views(image: torch.Tensor,  # uint8 (3, H, W)
                 ) -> torch.Tensor:     # normalised (1 + V, 3, H, W)
