@@ -21,7 +21,7 @@ import torch.nn as nn
 import tyro
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 
-from .core import generator, lookup, NAMES, subset, UserError
+from .core import generator, in_a_line, lookup, NAMES, subset, UserError
 from .crop_fusion import POOLS
 from .datasets import find_layout, Layout, LAYOUTS, read_classes
 from .deeplabv2 import ARCHS
@@ -281,8 +281,7 @@ def _check_name(option: str, choice: Choice, name: str, cfg: Config) -> None:
     why = ""
     try: fits = choice.fits(entry, cfg)
     except Exception as e:  # what is not ours may raise anything
-        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-        fits, why = False, f" ({kind}{' '.join(str(e).split())[:200]})"
+        fits, why = False, f" ({e if isinstance(e, UserError) else in_a_line(e)})"
     if not fits: raise UserError(f"--{option} {name}: does not fit{why}; give {choice.own}")
 
 def class_names(cfg: Config) -> tuple[str, ...]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'SemanticClass', 'subset', 'colorize', 'colors_of', 'use_style',
            'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars', 'seed_of', 'generator',
-           'UserError', 'lookup', 'flush', 'remove', 'written_aside', 'fingerprint', 'result_file', 'Stopped',
-           'clean_exit', 'optional', 'ahead', 'watched', 'progress']
+           'UserError', 'lookup', 'in_a_line', 'flush', 'remove', 'written_aside', 'fingerprint', 'result_file',
+           'Stopped', 'clean_exit', 'optional', 'ahead', 'watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
 import difflib
@@ -278,9 +278,14 @@ def lookup(table: dict,  # entries by name
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as e:  # it may raise anything, in many lines, or exit
-        problem = " ".join(f"cannot be imported ({type(e).__name__}: {e})".split())
-        raise UserError(f"{option} {name}: {problem}; give module:name of something that "
-                        "Python can import from here") from e
+        raise UserError(f"{option} {name}: cannot be imported ({in_a_line(e, None)}); give "
+                        "module:name of something that Python can import from here") from e
+
+def in_a_line(error: BaseException,
+              most: int | None = 200,  # characters of its words
+             ) -> str:
+    "An error's kind, and the beginning of what it says, without line breaks."
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 # %% ../nbs/00_core.ipynb #adaf1141
 def flush(path: Path) -> None:

@@ -10,7 +10,7 @@ __all__ = ['POOLS', 'crop_theta', 'invert_theta', 'warp', 'divide', 'mean_pool',
 import torch
 import torch.nn.functional as F
 
-from .core import lookup, UserError
+from .core import in_a_line, lookup, UserError
 
 # %% ../nbs/04_crop_fusion.ipynb #d2042743
 def crop_theta(top,     # of the box, in pixels of the canvas: numbers, or tensors (...)
@@ -146,8 +146,7 @@ def _pooled(pool: str, weighted: torch.Tensor, weight: torch.Tensor):
     try: result = function(weighted, weight)
     except torch.OutOfMemoryError: raise                # not the pool's fault
     except Exception as e:                              # your own may raise anything
-        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"--pool {pool}: cannot be called ({problem}); give {_POOL}") from e
+        raise UserError(f"--pool {pool}: cannot be called ({in_a_line(e)}); give {_POOL}") from e
     B, _, C, H, W = weighted.shape
     expected = [(B, C, H, W), (B, 1, H, W)]
     shapes = _shapes(result)

