@@ -253,21 +253,27 @@ for _option, _choice in CHOICES.items(): _list_names(_option, _choice)
 
 # %% ../nbs/08b_config.ipynb #f221bd42
 def check_config(cfg: Config) -> None:
-    "Raises `UserError` where a name is in no table, or an interval is 0."
-    for option in ("log_every", "checkpoint_every", "checkpoints", "sac.period"):
-        value = attrgetter(option)(cfg)
-        if value < 1:
-            flag = option.replace("_", "-")
-            raise UserError(f"--{flag} {value}: give a number of at least 1")
+    "Raises `UserError` where a name is in no table, or an interval or a size is 0."
+    for option in _AT_LEAST_1:
+        numbers = _given(cfg, option)
+        if all(n >= 1 for n in numbers): continue
+        flag, what = option.replace("_", "-"), "numbers" if len(numbers) > 1 else "a number"
+        raise UserError(f"--{flag} {' '.join(map(str, numbers))}: give {what} of at least 1")
     classes = class_names(cfg)
     load_stages(cfg.stages)
     for option, choice in CHOICES.items():
-        value = attrgetter(option)(cfg)
-        names = value if isinstance(value, tuple) else (value,)
-        for name in names:
-            if name is not None: _check_name(option, choice, name, cfg)
+        for name in _given(cfg, option): _check_name(option, choice, name, cfg)
     find_layout(cfg.data.target, option="--data.target")
     absent_classes(cfg.data.source, classes)
+
+_AT_LEAST_1 = (
+    "log_every", "checkpoint_every", "checkpoints", "threads", "sac.period", "sac.label_batch",
+    "data.source_size", "data.target_size", "data.eval_size")
+
+def _given(cfg: Config, option: str) -> tuple:
+    "The values of a setting: one or several, or none."
+    value = attrgetter(option)(cfg)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 def load_stages(names) -> None:
     "Put stages of the user's own, `module:STAGE`, into the table. `UserError` where one is gone."

@@ -219,8 +219,7 @@ class Run(Processes, Log):
 
 # %% ../nbs/08c_runs.ipynb #d5e3de49
 def start_accelerator(cfg: Config) -> Accelerator:
-    "Accelerate as configured. Raises `UserError` for what is in no table, or not on this machine."
-    check_config(cfg)
+    "Accelerate as a checked configuration says. `UserError` for what is not on this machine."
     gpu = torch.cuda.is_available()
     if cfg.mixed_precision == "fp16" and not gpu:
         raise UserError("--mixed-precision fp16: needs a GPU; give bf16 or no")
@@ -291,7 +290,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 # %% ../nbs/08c_runs.ipynb #1af59bd8
 def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     "Create or reopen the run's folder. Raises `UserError` where it holds another configuration."
-    accelerator = accelerator or start_accelerator(cfg)
+    if accelerator is None:
+        check_config(cfg)
+        accelerator = start_accelerator(cfg)
     cfg = replace(cfg, mixed_precision=accelerator.mixed_precision)     # what None stood for
     run = Run(cfg, accelerator, Path(cfg.runs) / cfg.name)
     path = run.folder / "config.json"

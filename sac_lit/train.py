@@ -29,6 +29,7 @@ from .camvid import camvid_settings
 from sac_lit.config import (
     ABNConfig,
     absent_classes,
+    check_config,
     Config,
     long_options,
     PRESETS,
@@ -417,6 +418,7 @@ def train(cfg: Config) -> Run:
     """Run every stage that is not done yet, then write the report.
 
     Raises `UserError` for what the user can mend, `Stopped` where asked to stop."""
+    check_config(cfg)
     cfg = use_machine(_with_camvid(cfg))
     accelerator = start_accelerator(cfg)
     folder = Path(cfg.runs) / cfg.name

@@ -332,9 +332,20 @@ def test_what_is_not_finite_is_not_saved(saved):
 
 
 @pytest.mark.parametrize("option", [
-    "--log-every", "--checkpoint-every", "--checkpoints", "--sac.period"])
+    "--log-every", "--checkpoint-every", "--checkpoints", "--sac.period", "--threads",
+    "--sac.label-batch"])
 def test_numbers_that_must_not_be_zero(tmp_path, option, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end: main(["toy", option, "0"])
     assert end.value.code == 2
     assert f"{option} 0: give a number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--data.eval-size", "--data.source-size", "--data.target-size"])
+@pytest.mark.parametrize("size", ["0 8", "8 0", "-4 8"])
+def test_sizes_of_nothing(tmp_path, option, size, monkeypatch, capsys):
+    "Refused before the city is drawn and the run's name is taken."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end: main(["toy", option, *size.split()])
+    assert end.value.code == 2 and not [*tmp_path.iterdir()]
+    assert f"{option} {size}: give numbers of at least 1" in capsys.readouterr().err
