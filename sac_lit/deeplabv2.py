@@ -264,15 +264,6 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
             words = " ".join(str(e).split())[:200]
             raise UserError(f"{folder}: {place} ({words}); {_ADVICE}") from e
 
-def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
-    "How the names of new layers begin, if a network says so. `UserError` for what is no name."
-    new = getattr(backbone, "new", ())
-    if isinstance(new, str): return (new,)
-    if isinstance(new, (tuple, list)) and all(isinstance(name, str) for name in new):
-        return tuple(new)
-    raise UserError(f"--arch {arch}: its attribute new is of type {type(new).__name__}; give a "
-                    "tuple of the beginnings of layers' names, such as ('head.',)")
-
 def _class_names(names, num_classes: int) -> tuple[str, ...]:
     "The names given, or the usual ones."
     usual = NAMES if num_classes == len(NAMES) else [f"class {k}" for k in range(num_classes)]
@@ -337,6 +328,15 @@ def _trial(net: nn.Module, arch: str, num_classes: int) -> torch.Tensor:  # (1, 
         raise UserError(f"--arch {arch}: returns {found} for images (1, 3, 128, 128); "
                         f"expected one score for each class and place, (1, {num_classes}, h, w)")
     return logits
+
+def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
+    "How the names of new layers begin, if a network says so. `UserError` for what is no name."
+    new = getattr(backbone, "new", ())
+    if isinstance(new, str): return (new,)
+    if isinstance(new, (tuple, list)) and all(isinstance(name, str) for name in new):
+        return tuple(new)
+    raise UserError(f"--arch {arch}: its attribute new is of type {type(new).__name__}; give a "
+                    "tuple of the beginnings of layers' names, such as ('head.',)")
 
 # %% ../nbs/02_deeplabv2.ipynb #9808b5ec
 def mismatch(own: dict,    # {name: shape} of the tensors that a network has
