@@ -214,13 +214,14 @@ def _colors(image: torch.Tensor) -> torch.Tensor:
 
 def _show_trackers(run: Run, title: str, step: int) -> None:
     "Give the current figure to the trackers that take pictures."
+    trackers = [t for t in run.accelerator.trackers if hasattr(t, "log_images")]
+    if not trackers: return
     canvas = plt.gcf().canvas
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[None, ..., :3].copy()  # (1, H, W, 3)
     picture = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (1, 3, H, W)
-    for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({title: picture}, step=run.steps_before + step)
+    for tracker in trackers:
+        tracker.log_images({title: picture}, step=run.steps_before + step)
 
 # %% ../nbs/08d_report.ipynb #b95f22af
 #| code-fold: true
