@@ -35,6 +35,7 @@ COMMANDS = {  # word: (module:function, what it does)
     "datasets": ("sac_lit.audit:main", "check a data set before training on it"),
     "predict": ("sac_lit.predict:main", "evaluate, label images and videos, export"),
     "verdict": ("sac_lit.verdict:main", "judge a run without labels"),
+    "reliability": ("sac_lit.reliability:main", "measure how often that is right"),
     "few_labels": ("sac_lit.few_labels:main", "which target images to label first"),
     "experiments": ("sac_lit.experiments:main", "switch off each part of the method in turn"),
     "bench": ("sac_lit.bench:main", "measure time and memory of a step")}

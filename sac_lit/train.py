@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/09_train.ipynb #1mp0rt50
@@ -53,6 +54,7 @@ from .encoders import has_batch_norm
 from .fast import checkpoint_gradients, speed_up
 from .gallery import write_gallery
 from .importance_sampling import class_frequency, draw, sampling_weights
+from .loop import batches, epoch_order, names_of, nonfinite_error, run_stage
 from .moving_threshold import ClassPrior, thresholds
 
 # %% ../nbs/09_train.ipynb #9836a548
@@ -76,14 +78,9 @@ from sac_lit.run_data import (
     target_data,
 )
 from sac_lit.runs import (
-    batches,
-    epoch_order,
     lock_folder,
-    names_of,
-    nonfinite_error,
     open_run,
     Run,
-    run_stage,
     share_out,
     start_accelerator,
     starting_network,
@@ -214,7 +211,8 @@ def target_frequencies(run: Run, model: nn.Module, dataset: SegmentationDataset,
                       ) -> torch.Tensor:  # (N, C)
     "Mean softmax of each target image (eq. 1), or shares of predicted labels, as configured."
     path = run.folder / "class_frequency.safetensors"
-    if not run.agreed(path.exists()):
+    counted = _read_frequencies(path, (len(dataset), model.num_classes)) is not None
+    if not run.agreed(counted):
         model.eval()
         frequency = torch.zeros(len(dataset), model.num_classes, device=run.device)
         samples = shared_samples(run, dataset, "while it counted classes")
@@ -229,6 +227,12 @@ def target_frequencies(run: Run, model: nn.Module, dataset: SegmentationDataset,
             with written_aside(path) as tmp: save_file({"frequency": frequency}, tmp)
     run.accelerator.wait_for_everyone()
     return load_file(path)["frequency"]
+
+def _read_frequencies(path: Path, size) -> torch.Tensor | None:  # (N, C)
+    "What an earlier start has counted; None where that is missing or damaged."
+    try: found = load_file(path)["frequency"]
+    except (OSError, SafetensorError, KeyError): return None
+    return found if found.shape == size else None
 
 def _of_one_size(samples: Iterator[dict], most: int = 8) -> Iterator[list[dict]]:
     "Batches of neighbours whose images have the same size."
@@ -406,10 +410,8 @@ def _train_stage(run: Run, stage: str, data: dict) -> None:
 
 def _save_stage(run: Run, stage: str, network: nn.Module, seconds: float) -> None:
     "Save a stage's network, and note the time that it took."
-    path = run.folder / "seconds.json"
-    spent = json.loads(path.read_text()) if path.exists() else {}
-    spent[stage] = round(seconds, 1)
-    with written_aside(path) as tmp: tmp.write_text(json.dumps(spent))
+    spent = {**run.seconds(), stage: round(seconds, 1)}
+    with written_aside(run.folder / "seconds.json") as tmp: tmp.write_text(json.dumps(spent))
     with written_aside(run.folder / STAGES[stage].folder) as tmp:
         network.save_pretrained(tmp)
 

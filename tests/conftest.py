@@ -23,6 +23,13 @@ LONG = [  # files that take longest begin first, so that both workers end togeth
     "test_presets", "test_switches", "test_processes", "test_speed"]
 
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):   # a share of the cores for each worker, and for
+    CORES = sorted(os.sched_getaffinity(0))       # all that it starts: none waits for the other's
+    share = CORES[int(WORKER[2:])::int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, share or CORES)
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also the tests marked slow")
 

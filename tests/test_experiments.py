@@ -194,3 +194,8 @@ def test_collected_results_name_their_commands(collect, capsys):
                         (["toy", "runs/none"], "holds no run"), (["toys"], "toys: no preset")):
         with pytest.raises(SystemExit) as end: collect.main(*argv)
         assert end.value.code == 2 and words in capsys.readouterr().err
+    collect.main("toy", "runs/toy_seed3", "--out", "slower", "--changed")
+    found = json.loads(Path("results/slower.json").read_text())
+    assert found["command"].splitlines()[0] == (
+        "python -m sac_lit.train toy --sac.period 4 --seed 3 --name toy_seed3")
+    assert not Path("results/slower_example.png").exists()

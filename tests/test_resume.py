@@ -12,11 +12,13 @@ import time
 import pytest
 import torch
 from jobs import ENV, log, MODULE, SMALL, start, train, weights
+from safetensors.torch import save_file
 
-from sac_lit.config import Config
+from sac_lit.config import Config, load_config
 from sac_lit.core import UserError
-from sac_lit.runs import checkpoints, load_checkpoint, open_run, Progress, save_checkpoint
-from sac_lit.train import main
+from sac_lit.loop import _resume, checkpoints, load_checkpoint, Progress, save_checkpoint
+from sac_lit.runs import open_run
+from sac_lit.train import _read_frequencies, main
 
 BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step
 RARE = ("--log-every", "1", "--checkpoint-every", "100")  # none but at the end
@@ -163,6 +165,27 @@ def children(pid):
     return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
+def test_a_worker_that_was_told_to_end_ends():
+    "Python waits at its end for workers to which it sent one SIGTERM; they let the first pass by."
+    code = """
+import multiprocessing, signal, time
+from sac_lit import loop
+
+def stuck(ready):
+    alarm, signal.alarm = signal.alarm, lambda seconds: alarm(min(seconds, 1))
+    loop.postpone_sigterm(0)
+    ready.set()
+    while True: time.sleep(1)
+
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+worker = context.Process(target=stuck, args=[ready], daemon=True)
+worker.start()
+ready.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True, timeout=60)
+
+
 def test_dying_worker(cwd):
     args = (*BUSY, "--data.workers", "2")
     process = start(cwd, *args, "--name", "worker")
@@ -276,6 +299,72 @@ def test_first_start_that_was_cut_off(cwd):
 
 
 # ---------------------------------------------------------------- without a training
+
+def test_a_start_that_failed_claims_no_name(tmp_path):
+    "A mistyped option that only the network notices, say: the corrected command may have the name."
+    def opened(seed): return open_run(Config(name="run", runs=str(tmp_path), seed=seed))
+    opened(0)
+    assert load_config(opened(1).folder).seed == 1
+    opened(1).log({"event": "step", "stage": "abn", "step": 1})
+    with pytest.raises(UserError, match="seed 1 there, 2 here"): opened(2)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "null", '{"config": 3}', '{"arch": "x"}', "\xff"])
+def test_fresh_empties_nothing_but_a_run(tmp_path, content):
+    "Many programs write a config.json; what lies beside one that is not ours is not ours."
+    mine = tmp_path / "run"
+    mine.mkdir()
+    (mine / "config.json").write_text(content, encoding="latin-1")
+    (mine / "thesis.tex").write_text("years of work")
+    for fresh in (True, False):
+        with pytest.raises(UserError, match="not a run of sac_lit"):
+            open_run(Config(name="run", runs=str(tmp_path), fresh=fresh))
+    assert (mine / "config.json").read_text(encoding="latin-1") == content
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_damaged_log_stops_nothing(saved):
+    "It is kept beside the new one, which has the lines that could be read."
+    run, state = saved
+    path = run.folder / "log.jsonl"
+    before = path.read_bytes()
+    damaged = before + b"\x00\xff\xfe\n[1]\nnull\n" + b'{"event": "step", "st'
+    path.write_bytes(damaged)
+    said = []
+    run.say = said.append
+    assert _resume(run, "abn", state) == 2
+    assert path.read_bytes() == before and said[0].startswith(f"{path}: 3 damaged lines")
+    assert path.with_name("log.jsonl.damaged").read_bytes() == damaged
+    for content in ("", "[]", "{", '{"abn": "x", "sac": 2.5}'):
+        (run.folder / "seconds.json").write_text(content)
+        assert run.seconds() == ({"sac": 2.5} if "2.5" in content else {})
+
+
+def test_the_end_of_the_console_is_not_the_end_of_the_run(tmp_path):
+    code = f"""
+from pathlib import Path
+from accelerate import PartialState
+from sac_lit.runs import Run
+run = Run(None, PartialState(cpu=True), Path({str(tmp_path)!r}))
+for k in range(3000): run.say(f"step {{k}} of three thousand")
+Path("{tmp_path}/done").touch()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENV, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"step 0 of three thousand\n"
+    process.stdout.close()
+    assert process.wait(60) == 0 and (tmp_path / "done").exists()
+
+
+def test_damaged_frequencies_are_counted_again(tmp_path):
+    path = tmp_path / "class_frequency.safetensors"
+    assert _read_frequencies(path, (4, 3)) is None
+    for content in (b"", b"garbage" * 10):
+        path.write_bytes(content)
+        assert _read_frequencies(path, (4, 3)) is None
+    save_file({"frequency": torch.ones(4, 3)}, path)
+    assert _read_frequencies(path, (4, 3)).sum() == 12
+    assert _read_frequencies(path, (5, 3)) is None
+
 
 @pytest.fixture
 def saved(tmp_path):

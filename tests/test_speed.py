@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sac_lit.abn_pretraining import cross_entropy, freeze_bn
-from sac_lit.bench import Settings, time_trick, Workload
+from sac_lit.bench import time_trick
 from sac_lit.core import ConfusionMatrix, generator
 from sac_lit.crop_fusion import crop_theta
 from sac_lit.deeplabv2 import ASPP, build_model, predicted_classes, upsample
@@ -41,6 +41,7 @@ from sac_lit.fast import (
 )
 from sac_lit.moving_threshold import ClassPrior
 from sac_lit.views import target_views
+from sac_lit.workload import Settings, Workload
 
 CPU = torch.device("cpu")
 many = settings(max_examples=60, deadline=None, derandomize=True)

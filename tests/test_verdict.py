@@ -184,6 +184,16 @@ def test_score_asks_whether_it_is_better_than_before():
         "worse", "cannot tell", "cannot tell", "cannot tell", "better"]
 
 
+def test_a_view_of_ones_own_counts(monkeypatch):
+    "As the exercise has it: in the measures under its name, and in the score."
+    usual = measures(network(), images(2), labelled(2))
+    monkeypatch.setitem(GEOMETRIC, "steeper", (15., 1., 1.))
+    found = measures(network(), images(2), labelled(2))
+    assert {k: v for k, v in found.items() if k in usual} == usual
+    worse = {**found, "agreement_steeper": found["agreement_steeper"] - .7}
+    assert math.isclose(score(found, worse), -10)
+
+
 def test_being_surer_is_not_being_better():
     net, sure = network(), network()
     for conv in sure.backbone.head.conv2d_list:

@@ -2,11 +2,13 @@
 
     python nbs/site/collect.py toy runs/toy_seed0 runs/toy_seed1 ...
     python nbs/site/collect.py folder_cpu runs/camvid_seed3 ... --out camvid
+    python nbs/site/collect.py folder_cpu runs/labels_16 ... --out camvid_labels --changed
 
 The first writes nbs/results/toy.json: the commands, and every run's IoU in per cent by stage. And
 examples of the first run, as the label map, ABN and SAC have them: for the toy city
 toy_example.png, an image with its three maps below it; for photographs camvid_photos.jpg, five in a
-row, and camvid_maps.png, three rows of train ids.
+row, and camvid_maps.png, three rows of train ids. With --changed, runs may differ from the preset;
+their commands say by what, and no examples are kept.
 """
 import argparse
 import json
@@ -28,26 +30,28 @@ from sac_lit.run_data import val_data
 OUT = Path(__file__).parents[1] / "results"
 
 
-def data_options(preset: str, cfg: Config) -> str:
-    "What a run says of its data, where the preset leaves that to the user."
-    usual, options = settings(PRESETS[preset][1]), []
+def options(preset: str, cfg: Config) -> str:
+    "By what a run differs from its preset."
+    usual, words = settings(PRESETS[preset][1]), []
     for name, value in settings(cfg).items():
-        if not name.startswith("data.") or value == usual[name]: continue
+        if name in ("name", "seed", "mixed_precision") or value == usual[name]: continue
         values = value if isinstance(value, list) else [value]
-        options.append(" ".join(["--" + name.replace("_", "-"), *map(str, values)]))
-    return " ".join(options)
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return " ".join(words)
 
 
 def commands(preset: str, cfg: Config, stages) -> list[str]:
     "What trains a run: its preset, then the yardsticks, if it has some."
-    words = "python -m sac_lit.train", preset, data_options(preset, cfg)
+    usual = PRESETS[preset][1].stages
+    first, others = [s for s in usual if s in stages], [s for s in stages if s not in usual]
+    part = f"--stages {' '.join(first)}" if first != [*usual] else ""
+    words = "python -m sac_lit.train", preset, options(preset, cfg), part
     train = " ".join([*filter(None, words), f"--seed {cfg.seed} --name {cfg.name}"])
-    others = [stage for stage in stages if stage not in PRESETS[preset][1].stages]
     return [train, *[f"{train} --stages {' '.join(others)}"] * bool(others)]
 
 
-def collect(preset: str, folders: list[Path]) -> dict:
-    "The results of runs of a preset, and the commands that make them."
+def collect(preset: str, folders: list[Path], changed: bool = False) -> dict:
+    "The results of runs of a preset, or of a changed one, and the commands that make them."
     if preset not in PRESETS:
         raise UserError(f"{preset}: no preset; give one of {', '.join(PRESETS)}, then folders")
     if not folders: raise UserError(f"{preset}: of which runs? Give their folders")
@@ -57,7 +61,7 @@ def collect(preset: str, folders: list[Path]) -> dict:
         same = replace(PRESETS[preset][1], name=cfg.name, seed=cfg.seed,
                        mixed_precision=cfg.mixed_precision)
         if not same.data.source_root: same = replace(same, data=cfg.data)
-        check_same(folder, same)
+        if not changed: check_same(folder, same)
         said = {k: load_verdict(folder).get(k) for k in ("verdict", "score")}
         runs.append({"name": cfg.name, "seed": cfg.seed, **said, **found})
         lines += commands(preset, cfg, found)
@@ -97,16 +101,17 @@ def main(*argv: str) -> None:
     parser.add_argument("preset")
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--out", help="name of the results; by default the preset's")
+    parser.add_argument("--changed", action="store_true", help="runs may differ from the preset")
     args = parser.parse_args(argv or None)
     name = args.out or args.preset
     with clean_exit():
-        result = collect(args.preset, args.folders)
-        end = [f"--out {name}"] * (name != args.preset)
+        result = collect(args.preset, args.folders, args.changed)
+        end = [f"--out {name}"] * (name != args.preset) + ["--changed"] * args.changed
         command = ["python nbs/site/collect.py", args.preset, *map(str, args.folders), *end]
         result["command"] += "\n" + " ".join(command)
         with written_aside(OUT / f"{name}.json") as tmp:
             tmp.write_text(json.dumps(result, indent=1) + "\n")
-        if name != "toy_long": save_examples(name, args.folders[0])
+        if name != "toy_long" and not args.changed: save_examples(name, args.folders[0])
 
 
 if __name__ == "__main__": main()

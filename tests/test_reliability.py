@@ -1,0 +1,62 @@
+"""What the verdict without labels is worth: the study in small, and the results of the whole."""
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from house import NBS
+
+from sac_lit import reliability as module
+from sac_lit.config import TOY, TOY_DATA
+from sac_lit.reliability import main, reliability
+from sac_lit.verdict import score, verdict
+
+SIZE = 32, 64
+
+
+@pytest.mark.trains
+def test_study_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = replace(TOY_DATA, toy_train=6, toy_val=2, toy_size=SIZE)
+    first = {"steps": 2, "source_batch": 2, "target_batch": 2, "crop": SIZE}
+    joint = {"steps": 2, "source_batch": 2, "groups": 1, "num_crops": 1, "crop": SIZE}
+    base = replace(TOY, name="verdict", eval_every=0, mixed_precision="no", data=data,
+                   abn=replace(TOY.abn, **first), sac=replace(TOY.sac, **joint))
+    monkeypatch.setattr(module, "BASE", base)
+    monkeypatch.setattr(module, "SETTINGS", {"SAC": "", "no noise": "--sac.noise"})
+    main(["--seeds", "0", "--out", "mine.json"])
+    found = json.loads((tmp_path / "mine.json").read_text())
+    rows = found["rows"]
+    assert "--seeds 0" in found["command"]
+    assert [r["network"] for r in rows] == ["trained"] * 2 + ["damaged"] * len(module.DAMAGE)
+    assert all(0 <= r["sac"] <= 100 and r["verdict"] == verdict(r["score"]) for r in rows)
+    assert "rank correlation" in capsys.readouterr().out
+    run = str(next((tmp_path / "runs").glob("verdict_seed0_*noise")))
+    main(["--seeds", "0", "--runs", run, "--out", "more.json"])
+    *before, last = json.loads((tmp_path / "more.json").read_text())["rows"]
+    assert before == rows and last["score"] == rows[1]["score"]
+
+
+def test_reliability():
+    gain = np.linspace(-5, 5, 21)
+    table = pd.DataFrame({"gain": gain, "score": gain ** 3})
+    table["verdict"] = table["score"].map(verdict)
+    found = reliability(table)
+    assert math.isclose(found["rank correlation"], 1) and found["from"] <= 1
+    assert found["harmful"] == found["good"] == 9           # 1 to 5 points; half a point is none
+    assert found["named worse"] == found["named better"] == 8
+    assert found["called better"] == found["called worse"] == 0
+    table["score"] = -table["score"]
+    assert math.isclose(reliability(table)["rank correlation"], -1)
+
+
+def test_the_measured_reliability():
+    "The scores in the results follow from their measures."
+    rows = json.loads((NBS / "results" / "reliability.json").read_text())["rows"]
+    for row in rows:
+        before, after = ({k: v[i] for k, v in row["measures"].items()} for i in (0, 1))
+        assert math.isclose(score(before, after), row["score"], abs_tol=.05)
+        assert row["verdict"] == verdict(row["score"])
+    assert sum(row["network"] == "trained" for row in rows) >= 24
