@@ -269,8 +269,6 @@ pre { font-size: .8rem; overflow-x: auto }
 _VERDICT = """<section class="verdict {{ kind }}" aria-label="Verdict without labels">
 <p><b>{{ verdict | capitalize }}</b>, judged without labels
 {%- if score %} (score {{ score }}){% endif %}: {{ text }}</p>
-{% if classes %}<ul>{% for row in classes %}
-<li><b>{{ row.name }}</b> {{ row.what }}</li>{% endfor %}</ul>{% endif %}
 {% if rows %}<div class="frame"><table>
 <thead><tr><th>measure</th><th>ABN</th><th>SAC</th></tr></thead><tbody>
 {% for name, before, after in rows %}
@@ -291,8 +289,7 @@ def _verdict_html(run: Run) -> str:
     rows = [row for row in rows if row[1:] != ("–", "–")]
     score = "" if found.get("score") is None else _number(found["score"])
     return Environment(autoescape=True).from_string(_VERDICT).render(
-        kind=kind, verdict=found["verdict"], text=found.get("text", ""), score=score,
-        classes=found.get("classes") or [], rows=rows)
+        kind=kind, verdict=found["verdict"], text=found.get("text", ""), score=score, rows=rows)
 
 def load_verdict(folder: Path) -> dict:
     "What verdict.json in a run's folder says; nothing where it is missing or damaged."
