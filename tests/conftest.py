@@ -20,7 +20,8 @@ QUICK = {  # files of the quick part
 NOT_QUICK = "slow", "trains"
 LONG = [  # files that take longest begin first, so that both workers end together
     "test_resume", "test_notebooks", "test_train", "test_step", "test_experiments", "test_site",
-    "test_presets", "test_switches", "test_processes", "test_speed"]
+    "test_package", "test_presets", "test_switches", "test_processes", "test_speed",
+    "test_encoders", "test_few_labels", "test_export"]
 
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
