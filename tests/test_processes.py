@@ -49,10 +49,11 @@ def copy_pretrained(cwd, name):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_joint_stage(one, processes):
-    "Two processes have a group each; four share the views of two groups."
+    "Two processes, by a launcher, have a group each; four share the views of two groups."
     name = f"sac{processes}"
     copy_pretrained(one, name)
-    done = train(one, *SGD, "--name", name, launch=launched(processes))
+    how = {"launch": launched(2)} if processes == 2 else {"processes": processes}
+    done = train(one, *SGD, "--name", name, **how)
     assert done.returncode == 0, done.stderr
     assert close(weights(one, "one"), weights(one, name))
     assert close(weights(one, "one", "momentum"), weights(one, name, "momentum"))

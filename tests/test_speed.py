@@ -1,8 +1,6 @@
 """Fast forms beside plain ones: equal by value and gradient, alone and in a step; less time."""
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import command
 
 from sac_lit.abn_pretraining import cross_entropy, freeze_bn
 from sac_lit.bench import time_trick
@@ -251,10 +250,9 @@ def test_counts(B, C, n, seed):
 # ---------------------------------------------------------------- the command line, and time
 
 def test_bench_from_the_command_line(tmp_path):
-    bench = [sys.executable, "-m", "sac_lit.bench"]
     options = "--arch deeplabv2_tiny --crop 32 64 --repeats 1 --no-data --against".split()
     options += ["precision bf16", "--out", str(tmp_path / "found.json")]
-    done = subprocess.run(bench + options, capture_output=True, text=True)
+    done = command(tmp_path, *options, module="sac_lit.bench")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["command"].startswith("python -m sac_lit.bench --arch deeplabv2_tiny")
@@ -263,7 +261,7 @@ def test_bench_from_the_command_line(tmp_path):
         assert sum(side["phases"].values()) == pytest.approx(side["step"], rel=.5)
         assert side["peak"] > 0 and side["operations"] > 1e6
     assert "B / A" in done.stdout and "softmax and fusion" in done.stdout
-    done = subprocess.run(bench + ["--arch", "alexnet"], capture_output=True, text=True)
+    done = command(tmp_path, "--arch", "alexnet", module="sac_lit.bench")
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
