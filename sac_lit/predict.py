@@ -228,7 +228,7 @@ def _write_scores(out: Path, cm: ConfusionMatrix, data: SegmentationDataset, ori
     with written_aside(numbers) as tmp: tmp.write_text(json.dumps(scores, indent=1))
     use_style()
     confusion_heatmap(cm, data.names)
-    with written_aside(picture) as tmp: plt.savefig(tmp, format="png", dpi=120)
+    with written_aside(picture) as tmp: plt.gcf().savefig(tmp, format="png", dpi=120)
     plt.close()
     return numbers, picture
 

@@ -20,6 +20,7 @@ from .config import TOY
 from .core import clean_exit, generator, UserError
 from .experiments import Study, trained, variant, write_results
 from .predict import evaluate_network
+from .report import results
 from .run_data import open_data
 from .runs import load_stage, reopen, Run
 from .verdict import Judge, open_judge
@@ -76,15 +77,15 @@ def _row(judge: Judge, model: nn.Module, miou: float, **known) -> dict:
 
 def _row_of(run: Run, judge: Judge, **known) -> dict:
     "The row of a finished joint stage."
-    miou = _last_miou(run.folder, "sac")
+    miou = _miou(run, "SAC")
     return _row(judge, load_stage(run, "sac"), miou, **known, network="trained")
 
-def _last_miou(folder: Path, stage: str) -> float:
-    "mIoU of a stage's network by the log of its run. `UserError` where it was not evaluated."
-    rows = Run(None, None, folder).rows(event="evaluation", stage=stage, network="student")
-    if not rows: raise UserError(f"{folder}: no evaluation of the stage {stage} in its log; "
-                                 "give a run whose target has labels to evaluate on")
-    return rows[-1]["miou"]
+def _miou(run: Run, title: str) -> float:
+    "mIoU of a network as the report of its run has it. `UserError` where it was not evaluated."
+    found = results(run)
+    if title in found: return found[title]["miou"]
+    raise UserError(f"{run.folder}: no evaluation of {title} in its log; "
+                    "give a run whose target has labels to evaluate on")
 
 def _damaged_rows(run: Run, judge: Judge, **known) -> list[dict]:
     "A row for each damaged copy of a run's ABN network."
@@ -124,7 +125,7 @@ def _judged(run: Run, judges: dict) -> tuple[Judge, dict]:
     key = before, d.source_mean, d.source_std
     if key not in judges: judges[key] = open_judge(run, open_data(run))
     known = {"set": "toy" if d.toy else "photographs", "city": d.toy_seed, "seed": run.cfg.seed}
-    return judges[key], {**known, "abn": _last_miou(before, "abn")}
+    return judges[key], {**known, "abn": _miou(reopen(before), "ABN")}
 
 # %% ../nbs/11a_reliability.ipynb #22f1fefd
 def _rank_correlation(table: pd.DataFrame) -> float:

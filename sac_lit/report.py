@@ -108,7 +108,8 @@ def table_text(table: pd.DataFrame) -> str:
 def save_figure(run: Run, name: str) -> Path:
     "Save the current figure in the run's folder, and close it."
     path = run.folder / "figures" / f"{name}.png"
-    with written_aside(path) as tmp: plt.gcf().savefig(tmp, format="png", dpi=100)
+    figure = plt.gcf()  # plt.savefig would draw it once more
+    with written_aside(path) as tmp: figure.savefig(tmp, format="png", dpi=100)
     plt.close()
     return path
 

@@ -1,6 +1,6 @@
 """`pytest tests` runs all but the tests marked `slow`, `--run-slow` those too, `-m quick` a part.
 
-The quick part holds what answers in a minute and a half: functions and figures of the pages; no
+The quick part holds what answers in half a minute: functions and figures of the pages; no
 training, no processes, no site.
 """
 import os

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -27,6 +28,14 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 MODULE = ("-m", "sac_lit.train")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sac_lit.train", "sac_lit.experiments", "nbdev.test"])
+
+
+def tiny(base):
+    "The same configuration at postage-stamp size."
+    few = dict(steps=4, source_batch=2, crop=(32, 64))
+    return replace(base, log_every=2, checkpoint_every=6, eval_every=0,
+                   data=replace(base.data, toy_train=6, toy_val=4, toy_size=(32, 64)),
+                   abn=replace(base.abn, target_batch=2, **few), sac=replace(base.sac, **few))
 
 
 def _forked(function, args, cwd, env, folder):

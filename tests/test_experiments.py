@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from house import answer, NBS
+from jobs import tiny
 from PIL import Image
 
 import sac_lit.experiments as experiments
@@ -14,15 +15,6 @@ from sac_lit.config import PRESETS, STAGES, TOY
 from sac_lit.core import NAMES, remove, UserError
 from sac_lit.experiments import scores, STUDIES, Study, summary, variant
 from sac_lit.train import train
-
-
-def tiny(base):
-    "The same configuration at postage-stamp size."
-    few = dict(steps=4, source_batch=2, crop=(32, 64))
-    return replace(base, log_every=2, checkpoint_every=6, eval_every=0,
-                   data=replace(base.data, toy_train=6, toy_val=4, toy_size=(32, 64)),
-                   abn=replace(base.abn, target_batch=2, **few), sac=replace(base.sac, **few))
-
 
 PAIR = {"SAC": "", "no target loss": "--sac.loss.target-weight 0"}
 

@@ -7,23 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from house import NBS
+from jobs import tiny
 
 from sac_lit import reliability as module
-from sac_lit.config import TOY, TOY_DATA
 from sac_lit.reliability import main, reliability
 from sac_lit.verdict import score, verdict
-
-SIZE = 32, 64
 
 
 @pytest.mark.trains
 def test_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    data = replace(TOY_DATA, toy_train=6, toy_val=2, toy_size=SIZE)
-    first = {"steps": 2, "source_batch": 2, "target_batch": 2, "crop": SIZE}
-    joint = {"steps": 2, "source_batch": 2, "groups": 1, "num_crops": 1, "crop": SIZE}
-    base = replace(TOY, name="verdict", eval_every=0, mixed_precision="no", data=data,
-                   abn=replace(TOY.abn, **first), sac=replace(TOY.sac, **joint))
+    base = tiny(replace(module.BASE, mixed_precision="no"))
     monkeypatch.setattr(module, "BASE", base)
     monkeypatch.setattr(module, "SETTINGS", {"SAC": "", "no noise": "--sac.noise"})
     monkeypatch.setattr(module, "DAMAGE", dict([*module.DAMAGE.items()][2:4]))
