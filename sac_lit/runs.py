@@ -28,7 +28,7 @@ from accelerate.utils import gather_object, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 
 from .config import check_config, check_same, Config, load_config, settings, STAGES
-from .core import in_a_line, lookup, remove, UserError, written_aside
+from .core import ASIDE, in_a_line, lookup, remove, UserError, written_aside
 from .deeplabv2 import SegmentationModel
 from .ema_training import Execution, PLAIN
 from .fast import FAST, fast_crop_and_resize, in_micro_batches
@@ -311,13 +311,14 @@ def _claim(folder: Path, cfg: Config) -> None:
     "Make a folder that of the run. Raises `UserError` where it is something else, or another run."
     path = folder / "config.json"
     there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if there - {"config.json.tmp"} and not _is_of_a_run(path):
+    there -= {p.name for p in folder.glob(ASIDE)}
+    if there and not _is_of_a_run(path):
         raise UserError(f"{folder}: not empty and not a run of sac_lit; give another --name")
     if cfg.fresh and path.exists():
         for p in {*folder.iterdir()} - {path}: remove(p)
         remove(path)          # last: as long as it is there, the folder is a run
-    if there - {"config.json", "config.json.tmp"} and path.exists(): check_same(folder, cfg)
-    for left in list(folder.rglob("*.tmp")): remove(left)
+    if there - {"config.json"} and path.exists(): check_same(folder, cfg)
+    for left in list(folder.rglob(ASIDE)): remove(left)
     with written_aside(path) as tmp: tmp.write_text(json.dumps({"config": asdict(cfg)}, indent=1))
 
 def _is_of_a_run(path: Path) -> bool:

@@ -30,7 +30,7 @@ from test_datasets import (  # fixtures among them
 
 from sac_lit import audit as module
 from sac_lit.audit import _in_parallel, cached, main
-from sac_lit.core import IGNORE_INDEX, NAMES, UserError
+from sac_lit.core import ASIDE, IGNORE_INDEX, NAMES, UserError
 from sac_lit.datasets import Layout, LAYOUTS, SegmentationDataset
 from sac_lit.datasets import main as datasets_main
 
@@ -72,7 +72,7 @@ def test_audit_as_a_program(gta):
     assert done.returncode == 1 and done.stderr == ""
     assert done.stdout.splitlines()[-2:] == ["1 defect", missing]
     assert len(gta5(gta, frames=gta/"good.txt")) == 4
-    assert not (gta/"good.txt.tmp").exists()
+    assert not list(gta.glob(ASIDE))
 
 
 def test_both_names_of_the_command(city, capsys):

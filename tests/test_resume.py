@@ -15,7 +15,7 @@ from jobs import ENV, log, MODULE, SMALL, start, train, weights
 from safetensors.torch import save_file
 
 from sac_lit.config import Config, load_config
-from sac_lit.core import UserError
+from sac_lit.core import ASIDE, UserError
 from sac_lit.loop import _resume, checkpoints, load_checkpoint, Progress, save_checkpoint
 from sac_lit.runs import open_run
 from sac_lit.train import _read_frequencies, main
@@ -292,7 +292,7 @@ def test_first_start_that_was_cut_off(cwd):
     "Killed while the first file was written, or in the middle of --fresh: it can be opened."
     folder = cwd / "runs" / "cut"
     folder.mkdir()
-    (folder / "config.json.tmp").write_text('{"config": {')
+    (folder / ASIDE.replace("*", "0")).write_text('{"config": {')
     assert train(cwd, *BUSY, "--name", "cut", "--stages").returncode == 0
     (folder / "log.jsonl").unlink(missing_ok=True)
     assert_continues(cwd, *BUSY, "--fresh", name="cut")
