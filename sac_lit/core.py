@@ -29,7 +29,6 @@ from typing import Iterable, Iterator, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
 from matplotlib.patches import Patch
@@ -106,6 +105,7 @@ def colors_of(names) -> tuple[tuple[int, int, int], ...]:
 # %% ../nbs/00_core.ipynb #9951da42
 def use_style() -> None:
     "The look of all figures: quiet, legible in print, with a palette for colour-blind readers."
+    import seaborn as sns  # here: it takes as long to import as all of this package
     rc = {"figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True,
           "image.interpolation": "nearest", "axes.titlesize": "medium",
           "axes.spines.top": False, "axes.spines.right": False}
@@ -234,6 +234,7 @@ def class_bars(values: dict,  # {series: numbers, one a class}
                ax=None,  # matplotlib axes; by default a new figure
               ):  # the axes
     "Bars grouped by class, one colour a series."
+    import seaborn as sns
     if ax is None: ax = plt.subplots(figsize=(7, 2.6))[1]
     series = [name for name in values for _ in names]
     heights = np.concatenate([np.asarray(v, float) for v in values.values()])

@@ -1,8 +1,11 @@
 "The confusion matrix against counting by hand; random numbers that depend on their key alone."
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sac_lit.core import (
+    ASIDE,
     CLASSES,
     clean_exit,
     colorize,
@@ -20,6 +24,9 @@ from sac_lit.core import (
     IGNORE_INDEX,
     lookup,
     NAMES,
+    read_json,
+    read_text,
+    regular_file,
     result_file,
     seed_of,
     Stopped,
@@ -285,3 +292,36 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["x.txt"]
     with written_aside(path) as aside: aside.write_text("new")
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name, why", [
+    ("pipe", "a pipe, where"), ("socket", "a socket, where"), ("loop", "links"),
+    ("folder", "a folder, where"), ("a\0b", "null byte"), ("a" * 256, "too long"),
+    ("gone", "no such file"), ("file/below", "cannot be opened"), ("large", "12 bytes, where")])
+@pytest.mark.parametrize("read", [partial(regular_file, most=10), partial(read_text, most=10)])
+def test_what_is_no_file_is_not_opened(read, name, why, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as s:
+        with contextlib.chdir(tmp_path): s.bind("socket")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "large").write_text("a" * 12)
+    with pytest.raises(UserError, match=why): read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[1]", b'{"a": ', b"[" * 100_000, b"\xff{}", b"\0",
+                                  b'{"a": ' + b"9" * 5000 + b"}"])
+def test_what_is_no_json_object_is_refused(text, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"a\.json"): read_json(tmp_path / "a.json")
+
+
+def test_a_file_being_written_has_a_name_of_its_own(tmp_path):
+    "Long names fit, and what the user has under a similar name stays."
+    path = tmp_path / ("a" * 251 + ".png")
+    (tmp_path / "b.tmp").write_text("mine")
+    for place in (path, tmp_path / "b"):
+        with written_aside(place) as aside: aside.write_text("whole")
+        assert place.read_text() == "whole"
+    assert (tmp_path / "b.tmp").read_text() == "mine" and not list(tmp_path.glob(ASIDE))

@@ -102,6 +102,13 @@ def test_names_at_hand_cost_nothing_until_asked_for(installed, tmp_path):
     assert done.returncode == 0 and "build_model" in done.stdout, done.stderr
 
 
+def test_a_command_starts_without_what_only_figures_need(installed, tmp_path):
+    "seaborn brings scipy.stats, which takes as long to import as all modules of this package."
+    code = "import sys, sac_lit.train; print({'seaborn', 'scipy.stats'} & {*sys.modules})"
+    done = python("-c", code, cwd=tmp_path, env=installed[1])
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_installed_commands_explain_themselves(installed, module, tmp_path):
     done = python("-m", f"sac_lit.{module}", "--help", cwd=tmp_path, env=installed[1])
