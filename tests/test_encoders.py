@@ -20,6 +20,7 @@ from sac_lit.deeplabv2 import build_model, load_imagenet, SegmentationModel
 from sac_lit.encoders import create_encoder, packaged_weights
 from sac_lit.export import export, FORMATS
 from sac_lit.fast import checkpoint_gradients, FoldedConv2d, speed_up
+from sac_lit.predict import predict
 from sac_lit.weights import load_snapshot, save_snapshot
 
 timm = pytest.importorskip("timm", reason="an extra of the package")
@@ -179,26 +180,30 @@ def test_an_encoder_without_blocks_cannot_be_checkpointed():
 
 # ---------------------------------------------------------------- exported
 
-@pytest.mark.parametrize("encoder, suffix", [
-    ("lite0", ".onnx"), ("lite0", ".pt2"), ("test_convnext", ".pt2"),
-    ("test_resnet.r160_in1k", ".pt2"),
-    pytest.param("test_convnext", ".onnx", marks=pytest.mark.slow)])
-def test_exports_agree_at_sizes_that_no_stride_divides(encoder, suffix, request, tmp_path,
+@pytest.mark.parametrize("encoder, suffix, seen", [
+    ("lite0", ".onnx", None), ("lite0", ".pt2", (60, 90)), ("test_convnext", ".pt2", None),
+    ("test_resnet.r160_in1k", ".pt2", (60, 90)),
+    pytest.param("test_resnet.r160_in1k", ".onnx", None, marks=pytest.mark.slow),
+    pytest.param("test_convnext", ".onnx", (60, 90), marks=pytest.mark.slow)])
+def test_exports_agree_at_sizes_that_no_stride_divides(encoder, suffix, seen, request, tmp_path,
                                                        monkeypatch):
-    "`export` compares at three sizes; what it compared, which takes long to load, at three more."
+    "`export` compares photographs; what it compared, which takes long to load, at other sizes."
     if suffix == ".onnx": pytest.importorskip("onnxruntime")
     if encoder == "lite0": net = copy.deepcopy(request.getfixturevalue(encoder))
     else: net = network(encoder)
+    net.set_inference_size(seen)
     form, programs = FORMATS[suffix], []
     def kept(*args):
         programs.append(form(*args))
         return programs[0]
     monkeypatch.setitem(FORMATS, suffix, kept)
-    assert export(net, tmp_path / f"net{suffix}") < 1e-4
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator(0, "images"))
+              for size in ((87, 50), (45, 131), (64, 128))]
+    assert export(net, tmp_path / f"net{suffix}", images[:1]).pixels >= .999
     assert (tmp_path / f"net{suffix}").stat().st_size > 1000
-    for size in ((1, 3, 87, 50), (2, 3, 45, 131), (1, 3, 64, 128)):
-        images = noise(*size)
-        with torch.no_grad(): assert distance(programs[0](images), net(images)) < 1e-4
+    for image in images:
+        labels, _ = programs[0](image.permute(1, 2, 0)[None].contiguous())
+        assert (labels == predict(net, image)).float().mean() >= .999
 
 
 def fails(*args): raise AssertionError("Guard failed:\n images.size()[2] == 96")
