@@ -88,7 +88,7 @@
     const curve = make("svg", { viewBox: "0 0 400 232", role: "img" });
     const summary = make("p", { class: "summary", role: "status" });
     const rows = make("tbody");
-    const heads = ["class", "prior χ", "threshold θ", "accepted", "of predicted"].map(text => make("th", { scope: "col" }, text));
+    const heads = ["class", "prior χ", "θ", "accepted", "predicted"].map(text => make("th", { scope: "col" }, text));
     const table = make("table", { class: "counts" }, make("thead", {}, make("tr", {}, ...heads)), rows);
 
     const settle = () => {                     // all controls where `now` says
