@@ -5,6 +5,7 @@ what it exports (api.py); Sphinx makes the pages by conf.py. A warning, such as 
 nowhere, is an error. A second build leaves no difference.
 """
 import ast
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ UNUSED = (
     "**/*.LICENSE.txt", ".buildinfo", "objects.inv", "_sources", "_static/locales",
     "_static/*webpack-macros.html")
 TAGS = {"echo": ("false", "remove-input"), "code-fold": ("true", "hide-input")}
+HANDLED = "application/vnd.sac-lit.figure+json"   # of an output: the data of static/handled.js
 BADGE = re.compile(r"\[!\[([^\]]*)\]\([^)]*badge[^)]*\)\]")   # an image from a network, in a link
 
 
@@ -80,8 +82,24 @@ def adapt_code(cell: nbformat.NotebookNode, module: str | None) -> list[nbformat
         if "text/markdown" in data: data["text/markdown"] = for_myst(data["text/markdown"])
     cell.metadata = {"tags": tags, "mystnb": mystnb}
     cells = [label(names, module), cell] if names else [cell]
+    found = take_data(cell)
     if caption: add_caption(cells, caption)
-    return cells
+    return cells + [handled(data) for data in found]
+
+
+def take_data(cell: nbformat.NotebookNode) -> list[dict]:
+    "The data of figures that can be handled, out of the outputs of a cell."
+    found = [output.data[HANDLED] for output in cell.outputs if HANDLED in output.get("data", {})]
+    cell.outputs = [output for output in cell.outputs if HANDLED not in output.get("data", {})]
+    return found
+
+
+def handled(data: dict) -> nbformat.NotebookNode:
+    "Beside a still picture, what puts a figure that can be handled in its place."
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False).replace("</", r"<\/")
+    script = '<script src="_static/handled.js" defer></script>'
+    return new_markdown_cell(
+        f'<script type="application/json" class="handled">{text}</script>\n{script}')
 
 
 def add_caption(cells: list[nbformat.NotebookNode], caption: str) -> None:
