@@ -339,7 +339,7 @@ def test_truncated_or_foreign_file(gta, folder, content):
 def test_file_out_of_reach_is_not_called_damaged(tmp_path):
     (tmp_path/"x.png").mkdir()
     text = message(SegmentationDataset([tmp_path/"x.png"], None, {}).__getitem__, 0)
-    assert "cannot be read (Is a directory)" in text and "damaged" not in text
+    assert "a folder, where a file is expected" in text and "damaged" not in text
     assert text.count("x.png") == 1
 
 
