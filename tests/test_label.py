@@ -488,6 +488,32 @@ def test_a_video_is_labelled_anew_by_another_network(network, model, video, caps
     assert "frames of v.mp4: 40 already there" in said(["label", "model", "v.mp4"], capsys)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_killed_between_the_record_and_a_name(network, model, capsys, monkeypatch, before, k):
+    "Whether there was an older output or not, the next command goes on."
+    some_jobs(2)
+    if before:
+        main(["label", "model", "in", "--overlay"])
+        another_network(network)
+    rename, seen = os.replace, []
+
+    def killed(a, b):
+        seen.append(b)
+        if len(seen) == k + (not before): raise KeyboardInterrupt  # the first makes the mark
+        rename(a, b)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", killed)
+        with pytest.raises(SystemExit): main(["label", "model", "in", "--overlay"])
+    main(["label", "model", "in", "--overlay"])
+    assert "2 already there" in said(["label", "model", "in", "--overlay"], capsys)
+    assert not list(Path("labelled").rglob("*.changed"))
+    now = SegmentationModel.from_pretrained("model")
+    image = torch.from_numpy(picture(1)).permute(2, 0, 1)
+    assert (read("labelled/labels/1.png") == predict(now, image).numpy()).all()
+
+
 def test_overlays_stay_in_step(network, model, capsys):
     "What was asked for once is made anew with the label map, not left behind."
     some_jobs(1)
