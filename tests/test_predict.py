@@ -27,10 +27,13 @@ from sac_lit.core import (
 from sac_lit.datasets import open_dataset
 from sac_lit.deeplabv2 import build_model, upsample
 from sac_lit.label import label_images
+from sac_lit.outputs import Outputs, RECORD
 from sac_lit.predict import (
     evaluate_network,
     main,
+    MOST_PIXELS,
     predict,
+    predict_with_confidence,
     probabilities,
     score_strips,
     score_table,
@@ -98,6 +101,9 @@ def test_strips_are_the_whole(network, height, width, rows, how):
     assert labels.dtype == torch.uint8 and labels.shape == (height, width)
     chosen = slow.gather(0, labels[None].long())[0]
     assert (slow.amax(0) - chosen).max() < 1e-5                # the best class, or one as good
+    same, confidence = predict_with_confidence(network, image, *how)
+    assert torch.equal(same, labels)
+    torch.testing.assert_close(confidence.double(), slow.amax(0), rtol=0, atol=1e-5)
 
 
 def test_predicts_what_training_evaluates(network):
@@ -112,6 +118,35 @@ def test_mirrored_views_come_back(network):
     image, how = noise(3, 40, 56), ((.8, 1.), True)
     mirrored = probabilities(network, image.flip(-1), *how).flip(-1)
     torch.testing.assert_close(mirrored, probabilities(network, image, *how), atol=1e-5, rtol=0)
+
+
+GOOD = noise(3, 8, 12)
+NO_IMAGES = {
+    "0 to 1": GOOD / 255, "float16": GOOD.half(), "int64": GOOD.long(), "bool": GOOD > 9,
+    "channels last": GOOD.permute(1, 2, 0), "grey": GOOD[0], "one channel": GOOD[:1],
+    "four": GOOD[[0, 1, 2, 0]], "a batch": GOOD[None], "empty": GOOD[:, :0],
+    "array": GOOD.numpy(), "picture": Image.fromarray(GOOD.permute(1, 2, 0).numpy()),
+    "path": "a.png", "list": [GOOD], "nothing": None}
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES)
+@pytest.mark.parametrize("how", [predict, predict_with_confidence, probabilities])
+def test_an_image_is_one_kind_of_thing(network, kind, how):
+    with pytest.raises(TypeError, match=r"^image: .* uint8 tensor \(3, H, W\)"):
+        how(network, NO_IMAGES[kind])
+
+
+def test_views_of_absurd_size_are_refused(network, monkeypatch):
+    image = torch.zeros(1, dtype=torch.uint8).expand(3, 9000, 9000)
+    with pytest.raises(UserError, match="9000 x 9000 pixels at scale 1: .*smaller --scales"):
+        predict(network, image)
+    assert MOST_PIXELS < 9000 ** 2
+    with pytest.raises(UserError, match="at scale 8"): predict(network, image[:, :1500], (8.,))
+
+    def no_room(*args): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("sac_lit.predict.network_input", no_room)
+    with pytest.raises(UserError, match="not enough memory"): predict(network, GOOD)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -165,7 +200,8 @@ def test_random_maps_score_as_in_the_official_script(seed, tmp_path):
 def test_toy_predictions_score_as_in_the_official_script(network, city, tmp_path):
     data = validation(city)
     made = {p: tmp_path / f"{p.stem}.png" for p in map(Path, data.images)}
-    label_images(network, {p: (to, None) for p, to in made.items()}, "cityscapes")
+    jobs = {p: {"labels": to} for p, to in made.items()}
+    label_images(network, jobs, Outputs(tmp_path), "cityscapes")
     check(evaluate_network(network, data), *official(zip(made.values(), data.labels)))
 
 
@@ -239,6 +275,12 @@ def test_evaluate_command_takes_every_layout(network, tmp_path):
     (["evaluate", "none", "city"], "none: no such folder"),
     (["evaluate", "model", "nowhere"], "nowhere: no such folder"),
     (["evaluate", "model", "city", "--scales", "0"], "--scales"),
+    (["evaluate", "model", "city", "--scales", "1", "nan"], "--scales nan"),
+    (["submit", "none", "city", "--scales", "inf"], "--scales inf"),    # before all else
+    (["label", "none", "city", "--scales", "1e9"], "--scales 1000000000.0"),
+    (["label", "none", "city", "--scales", "-1"], "--scales -1"),
+    (["label", "none", "city", "--scales", "8.01"], "0.05 to 8"),
+    (["label", "none", "city", "--scales", "0.049"], "0.05 to 8"),
     (["evaluate", "model", "city", "--layout", "folder"], "--labels"),
     (["evaluate", "model", "city", "--layout", "kitti"], "--layout kitti"),
     (["label", "model"], "no images"),
@@ -256,6 +298,38 @@ def test_mistakes_get_one_sentence(argv, words, network, city, capsys):
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.startswith("error: ") and words in err
     assert err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("name", ["scores.json", "confusion.png", RECORD])
+def test_evaluate_replaces_nothing_of_others(network, city, capsys, name):
+    network.save_pretrained("model")
+    Path("own").mkdir()
+    Path("own", name).write_text("mine")
+    with pytest.raises(SystemExit): main(["evaluate", "model", str(city), "--out", "own"])
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: own/{name}: ") and err.count("\n") == 1
+    assert [p.name for p in Path("own").iterdir()] == [name]
+    assert Path("own", name).read_text() == "mine"
+
+
+def test_evaluate_keeps_scores_that_somebody_changed(network, city):
+    network.save_pretrained("model")
+    main(["evaluate", "model", str(city)])
+    Path("evaluation/scores.json").write_text("my notes")
+    main(["evaluate", "model", str(city)])
+    assert Path("evaluation/scores.json.changed").read_text() == "my notes"
+    assert json.loads(Path("evaluation/scores.json").read_text())["images"] == 4
+
+
+@pytest.mark.parametrize("size, words", [(None, "at its own size"), ((32, 64), "64 x 32 pixels")])
+def test_evaluate_says_at_what_size_it_looked(network, city, capsys, size, words):
+    own = build_model("deeplabv2_tiny", 19)
+    own.set_inference_size(size)
+    own.save_pretrained("model")
+    main(["evaluate", "model", str(city), "--scales", "0.5", "1", "--flip"])
+    assert f"{words}" in capsys.readouterr().out
+    found = json.loads(Path("evaluation/scores.json").read_text())["inference_size"]
+    assert found == (size and [*size])
 
 
 # ---------------------------------------------------------------- memory
