@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
+import os
 import re
 import sys
 import typing
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import tyro
@@ -21,10 +24,12 @@ from sac_lit.config import (
     CHOICES,
     Config,
     differences,
+    is_run,
     load_config,
     load_stages,
     long_options,
     MAY_CHANGE,
+    only_longer,
     PRESETS,
     settings,
     Stage,
@@ -33,6 +38,7 @@ from sac_lit.config import (
 )
 from sac_lit.core import UserError
 from sac_lit.deeplabv2 import SegmentationModel
+from sac_lit.ranges import check_ranges, RANGES
 from sac_lit.train import main
 
 OWN = """
@@ -126,7 +132,7 @@ def changed(cfg, option, value):
     "A configuration with another value of a setting, by its dotted name."
     head, _, rest = option.partition(".")
     if rest: value = changed(getattr(cfg, head), rest, value)
-    elif isinstance(getattr(cfg, head), tuple): value = (value,)
+    elif isinstance(getattr(cfg, head), tuple) and not isinstance(value, tuple): value = (value,)
     return replace(cfg, **{head: value})
 
 
@@ -182,6 +188,193 @@ def test_settings_that_are_named_exist():
     every = set(dotted(Config))
     assert MAY_CHANGE <= every and set(CHOICES) <= every
     assert {stage.settings for stage in STAGES.values()} <= {"abn", "sac"}
+
+
+# ---------------------------------------------------------------- numbers
+
+def leaves(kind):
+    "The types of which a type is made."
+    parts = typing.get_args(kind)
+    return {kind} if not parts else set().union(*map(leaves, parts))
+
+
+def kind_of(option):
+    "The type of a setting, by its dotted name."
+    kind = Config
+    for part in option.split("."): kind = typing.get_type_hints(kind)[part]
+    return kind
+
+
+def test_every_number_has_a_range():
+    "And a range says the same of a setting as its type: whole, how many, and whether None is one."
+    numeric = {name for name in dotted(Config) if leaves(kind_of(name)) & {int, float}}
+    assert numeric == set(RANGES)
+    for name, allowed in RANGES.items():
+        kinds = leaves(kind_of(name))
+        assert allowed.whole == (int in kinds) and allowed.none == (type(None) in kinds), name
+        value = attrgetter(name)(PRESETS["gta5_vgg16"][1])
+        count = len(value) if isinstance(value, tuple) else 1
+        assert ... in kinds or value is None or allowed.count == count, name
+
+
+def filled(allowed, x):
+    "A value for a range that is made of one number."
+    return x if allowed.count == 1 else (x,) * (allowed.count or 2)
+
+
+def ends(allowed):
+    "Values that a range just holds."
+    low = math.nextafter(allowed.low, math.inf) if allowed.above else allowed.low
+    yield filled(allowed, low)
+    yield filled(allowed, allowed.high if allowed.high < math.inf else 10 ** 9)
+    if allowed.none: yield None
+
+
+def outside(allowed):
+    "Values that no range, or just not this one, holds."
+    step = (lambda x, to: x + (1 if to > x else -1)) if allowed.whole else math.nextafter
+    yield filled(allowed, allowed.low if allowed.above else step(allowed.low, -math.inf))
+    if allowed.high < math.inf: yield filled(allowed, step(allowed.high, math.inf))
+    for x in (math.nan, math.inf, -math.inf, True, "1", -10 ** 400): yield filled(allowed, x)
+    if allowed.whole: yield filled(allowed, allowed.low + .5)
+    if not allowed.none: yield None
+    if allowed.count > 1: yield (filled(allowed, allowed.low + 1)[:-1])
+    if allowed.rising: yield allowed.high, allowed.low
+
+
+@pytest.mark.parametrize("option", RANGES)
+def test_a_number_is_taken_within_its_range_only(option):
+    for value in ends(RANGES[option]): check_ranges(put(TOY, option, value))
+    for value in outside(RANGES[option]):
+        with pytest.raises(UserError) as error: check_config(put(TOY, option, value))
+        text = str(error.value)
+        assert text.startswith(f"--{option.replace('_', '-')}") and "\n" not in text
+        assert f": give {RANGES[option]}" in text and len(text) < 400
+
+
+def put(cfg, option, value):
+    "A configuration with exactly this value of a setting."
+    head, _, rest = option.partition(".")
+    if rest: value = put(getattr(cfg, head), rest, value)
+    return replace(cfg, **{head: value})
+
+
+@pytest.mark.parametrize("option", RANGES)
+def test_help_shows_the_range(help_text, option):
+    flag = "--" + option.replace("_", "-")
+    about = help_text.partition(f" {flag} ")[2].partition(" --")[0]
+    assert f"; {RANGES[option].bounds()})" in about
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--sac.loss.zeta 2", "--sac.loss.zeta 2.0: give a number from 0 to 1 (a share of"),
+    ("--sac.loss.zeta nan", "--sac.loss.zeta nan: give a number from 0 to 1"),
+    ("--sac.loss.beta -1", "--sac.loss.beta -1.0: give a number above 0 and at most 1 (equation"),
+    ("--abn.lr -1", "--abn.lr -1.0: give a number above 0"),
+    ("--sac.weight-decay -1", "--sac.weight-decay -1.0: give a number from 0 to 1"),
+    ("--abn.steps -3", "--abn.steps -3: give a number of at least 1 and at most 9999999"),
+    ("--stages abn --sac.groups 0", "--sac.groups 0: give a number of at least 1"),
+    ("--abn.crop 0 0", "--abn.crop 0 0: give numbers of at least 16"),
+    ("--sac.view-scale 1 .5", "--sac.view-scale 1.0 0.5: give numbers from 0.1 to 1 (2, the first"),
+    ("--sac.blur 40", "--sac.blur 40.0: reaches beyond the crop, whose shorter side has 96 pixels"),
+    ("--name a/b", "--name 'a/b': give the name of a folder"),
+    ("--name ..", "--name '..': give the name of a folder"),
+    ("--stages oracle --data.target folder", "--stages oracle: needs labels of the target's"),
+    ("--stages abn --sac.start x", "--sac.start: the joint stage would not use")])
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(
+        tmp_path, monkeypatch, capsys, args, words):
+    assert refused(tmp_path, monkeypatch, capsys, "toy", *args.split()).startswith(words)
+
+
+def refused(tmp_path, monkeypatch, capsys, *args):
+    "What a command says that ends with the status 2, one sentence, and leaves nothing."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end: main(list(args))
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and not list(tmp_path.iterdir()) and line.startswith("error: ")
+    assert len(line) < 400
+    return line.removeprefix("error: ")
+
+
+# ---------------------------------------------------------------- options
+
+@pytest.mark.parametrize("args, words", [
+    ("toy --zeta .5", "--zeta: no such option; did you mean --sac.loss.zeta or"),
+    ("toy --sac.loss.zta=.5", "--sac.loss.zta: no such option; did you mean --sac.loss.zeta or"),
+    ("--sac.num_crop 4", "--sac.num-crop: no such option; did you mean --sac.num-crops"),
+    ("--optim adam", "--optim: no such option; did you mean --abn.optimizer or --sac.optimizer"),
+    ("--qqq 1", "--qqq: no such option; --help lists all of them"),
+    ("--sac.lr fast", "--sac.lr fast: give a number"),
+    ("--sac.steps 1.5", "--sac.steps 1.5: give a whole number"),
+    ("--seed", "--seed: give a whole number"),
+    ("--abn.crop 64", "--abn.crop 64: give 2 whole numbers"),
+    ("--abn.crop 64 64 64 --seed 1", "--abn.crop 64 64 64: give 2 whole numbers"),
+    ("--data.eval-size a b", "--data.eval-size a b: give 2 whole numbers, or None"),
+    ("--abn.optimizer sgdd", "--abn.optimizer sgdd: give sgd or adam"),
+    ("--fresh=3", "--fresh 3: give no value: it is a switch"),
+    ("toy -x", "-x: no option takes it"),
+    ("toy extra", "extra: no option takes it"),
+    ("toyy", "toyy: did you mean toy"),
+    ("folder-cpuu", "folder-cpuu: did you mean folder_cpu"),
+    ("nothing", "nothing: choose one of toy, toy_long,"),
+    ("report", "FOLDER is not given"),
+    ("report a b", "b: no option takes it")])
+def test_a_mistyped_option_is_one_sentence(tmp_path, monkeypatch, capsys, args, words):
+    assert refused(tmp_path, monkeypatch, capsys, *args.split()).startswith(words)
+
+
+@pytest.mark.parametrize("name", ["folder-cpu", "folder_cpu"])
+def test_a_preset_is_found_in_either_spelling(tmp_path, monkeypatch, capsys, name):
+    assert refused(tmp_path, monkeypatch, capsys, name, "--seed", "-1").startswith("--seed -1: ")
+
+
+# ---------------------------------------------------------------- settings of another run
+
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+    "A run on the disk, and what a command would train."
+    there = tmp_path / "runs" / "one"
+    there.mkdir(parents=True)
+    cfg = replace(TOY, name="one", seed=3, fresh=True, sac=replace(TOY.sac, noise=(), period=2))
+    written(there, cfg)
+    trained = []
+    monkeypatch.setattr("sac_lit.train.train", trained.append)
+    monkeypatch.chdir(tmp_path)
+    return cfg, trained
+
+
+@pytest.mark.parametrize("form", [
+    "--config runs/one --name two", "--config=runs/one/config.json --name two",
+    "--name two --config runs/one", "--sac.period 5 --config runs/one --name two --seed 1"])
+def test_another_run_lends_its_settings(begun, form):
+    "But not that it was to start over: a folder of the new name is not emptied."
+    cfg, trained = begun
+    main(form.split())
+    period, seed = (5, 1) if "period" in form else (2, 3)
+    sac = replace(cfg.sac, period=period)
+    assert trained == [replace(cfg, name="two", fresh=False, seed=seed, sac=sac)]
+
+
+@pytest.mark.parametrize("form, words", [
+    ("--config runs/one", "--config runs/one: give the new run a --name of its own"),
+    ("toy --config runs/one --name two", "toy: give a preset or --config, not both"),
+    ("--name two --config", "--config: give the folder of a run"),
+    ("--config runs/none --name two", "runs/none: holds no run of sac_lit"),
+    ("--config runs/one --name two --sac.perod 3", "--sac.perod: no such option; did you mean"),
+    ("--config runs/one --name two --seed x", "--seed x: give a whole number")])
+def test_what_another_run_cannot_lend(begun, capsys, form, words):
+    with pytest.raises(SystemExit) as end: main(form.split())
+    assert end.value.code == 2 and not begun[1]
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
+def test_only_longer():
+    more = settings(put(TOY, "sac.steps", 2000))
+    assert only_longer(settings(TOY), more) and not only_longer(more, settings(TOY))
+    assert not only_longer(settings(TOY), settings(put(TOY, "abn.steps", 2000)))
+    assert not only_longer(settings(TOY), {**more, "seed": 1})
+    assert not only_longer(more, more)
 
 
 # ---------------------------------------------------------------- names
@@ -362,10 +555,48 @@ def test_another_version_wrote_the_file(tmp_path):
     assert load_config(tmp_path) == TOY
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"config": null}', '{"config": 7}'])
+NO_RUNS = [
+    None, "", "{", "[]", "{}", "null", '{"config": null}', '{"config": 7}', '{"config": {}}',
+    '{"config": []}', '{"config": {"name": "x"}}', "[" * 10_000, "\0"]
+
+
+@pytest.mark.parametrize("text", NO_RUNS)
 def test_a_folder_that_is_no_run(tmp_path, text):
     if text is not None: (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="holds no run of sac_lit") as error: load_config(tmp_path)
+    assert "\n" not in str(error.value) and not is_run(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_no_run(tmp_path, make):
+    make(tmp_path / "config.json")
     with pytest.raises(UserError, match="holds no run of sac_lit"): load_config(tmp_path)
+    assert not is_run(tmp_path)
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[]], "\0x", True, 1.5, 10 ** 400, None])
+def test_any_value_in_a_file_is_a_setting_or_one_sentence(tmp_path, value):
+    for option in [*dotted(Config), "data", "abn", "sac", "sac.loss"]:
+        (tmp_path / "config.json").write_text(json.dumps({"config": plain_with(option, value)}))
+        try: cfg = load_config(tmp_path)
+        except UserError as e:
+            assert "\n" not in str(e) and option.rpartition(".")[2] in str(e)
+            continue
+        if isinstance(value, dict): continue  # of another version
+        kinds = {type(value)} | ({float} if type(value) is int else set())
+        assert leaves(kind_of(option)) & kinds, option
+        if option not in RANGES or value in (1.5, None): continue
+        with pytest.raises(UserError): check_ranges(cfg)
+
+
+def plain_with(option, value):
+    "The preset `toy` as plain values, one of them another."
+    plain = dataclasses.asdict(TOY)
+    *path, name = option.split(".")
+    part = plain
+    for key in path: part = part[key]
+    part[name] = value
+    return plain
 
 
 def test_what_may_change_and_what_not(tmp_path):

@@ -3,6 +3,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -106,6 +107,22 @@ def test_means_of_synthia(tmp_path):
 def test_no_gain_without_both(tmp_path):
     run = open_by_hand(tmp_path / "a", TOY, [scores("abn", 40, NAMES)])
     assert list(result_table(run)) == ["ABN"]
+
+
+def test_gain_over_the_network_that_a_run_began_with(tmp_path):
+    "By what the run said of it, or the run that left it; under the name of what it is."
+    start = {**scores("sac", 30, NAMES, step=0, network="start")}
+    before = open_by_hand(tmp_path / "runs" / "before", TOY, [scores("abn", 40, NAMES)])
+    rows, left = [scores("sac", 50, NAMES)], before.folder / "model_abn"
+    cases = {  # name: --sac.start, lines of the log, column, gain
+        "own": ("x.pth", [start, *rows], "start", 20), "none": ("x.pth", rows, None, None),
+        "theirs": (left, rows, "ABN", 10), "again": (left, [start, *rows], "ABN", 20)}
+    for name, (path, log, column, gain) in cases.items():
+        cfg = replace(TOY, stages=("sac",), sac=replace(TOY.sac, start=str(path)),
+                      data=replace(TOY.data, workers=3))
+        table = result_table(open_by_hand(tmp_path / name, cfg, log))
+        assert list(table) == ([column, "SAC", "gain"] if column else ["SAC"])
+        if gain: assert table.loc["road", "gain"] == gain
 
 
 # ---------------------------------------------------------------- the figures
@@ -298,6 +315,86 @@ def test_from_the_folder_alone(run, capsys, monkeypatch):
     assert capsys.readouterr().out == "report: runs/toy/report.html\n"
     assert (run.folder / "report.html").read_text() == page
     assert redraw_report(run.folder) == run.folder / "report.html"
+
+
+LINE = {"event": "evaluation", "stage": "sac", "network": "student", "step": 9, "miou": 1.,
+        "iou": [1.] * 19}
+DAMAGED = [  # lines of a log
+    "garbage", "\0\0", "[1]", "null", "[" * 10_000, "{}", '{"event": "evaluation"}',
+    *(json.dumps({**LINE, key: value}) for key in LINE
+      for value in (None, {}, [1], ["x"] * 19, True, 10 ** 400)),
+    *(json.dumps({**LINE, key: "x"}) for key in ("step", "miou", "iou")),
+    json.dumps({**LINE, "step": -1}),
+    *(json.dumps({k: v for k, v in LINE.items() if k != key}) for key in LINE if key != "network"),
+    '{"event": "step", "stage": "abn", "step": 2, "loss_source": "x"}',
+    '{"event": "step", "stage": "sac", "step": 2, "accepted": ["x"]}',
+    '{"event": "step", "stage": "sac", "step": 2, "accepted": 3}',
+    '{"event": "warning", "stage": "sac", "step": 2}',
+    '{"event": "warning", "stage": "sac", "step": 2, "text": 3}']
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: line[:90])
+def test_a_damaged_line_of_the_log_is_left_out(run, line):
+    before = results(run), run.rows(event="warning"), run.rows(event="step")
+    with open(run.folder / "log.jsonl", "a") as file: file.write(line + "\n")
+    assert (results(run), run.rows(event="warning"), run.rows(event="step")) == before
+
+
+GARBAGE = [
+    "", "garbage", "null", "[]", "{}", '{"abn": "x"}', '{"names": 3, "inference_size": {}}', '"x"',
+    '{"verdict": [], "text": 3}', '{"verdict": "better", "before": [1]}', "[" * 10_000]
+
+
+def test_garbage_in_any_file_of_a_run_stops_no_report(run, capsys):
+    "Whatever stands in a file beside the configuration, a report is written."
+    for name in ("seconds.json", "verdict.json", "model/config.json", "momentum/config.json"):
+        path = run.folder / name
+        path.parent.mkdir(exist_ok=True)
+        for text in GARBAGE:
+            path.write_text(text)
+            assert "SAC 58.5" in redraw_report(run.folder).read_text(), (name, text)
+        path.unlink()
+        os.mkfifo(path)
+        assert redraw_report(run.folder).exists()
+        path.unlink()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+@pytest.mark.parametrize("name", ["log.jsonl", "config.json"])
+def test_a_report_is_not_kept_waiting(run, capsys, make, name):
+    (run.folder / name).unlink()
+    make(run.folder / name)
+    with pytest.raises(SystemExit) as end: main([str(run.folder)])
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and name in line
+
+
+@pytest.mark.parametrize("names", [
+    ("$\\frac$", "b"), ("$", "$$"), ("a $x_$ $", "\\$"), ("_^{", "{}%"), ("$a$b$c", "\\frac{$")])
+def test_class_names_are_drawn_letter_by_letter(tmp_path, monkeypatch, names):
+    "They are no formulas, whatever they look like."
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    cfg = replace(TOY, data=replace(TOY.data, classes=str(tmp_path / "classes.txt")))
+    run = open_by_hand(tmp_path / "a", cfg, [scores("abn", 1, names), scores("sac", 2, names)])
+    drawn = []
+    def keep(run, name):
+        plt.gcf().canvas.draw()
+        texts = [text for legend in plt.gcf().legends for text in legend.get_texts()]
+        texts = texts or plt.gcf().axes[0].get_xticklabels()
+        drawn.append([shown_by(text) for text in texts if text.get_text()])
+        plt.close()
+    monkeypatch.setattr("sac_lit.report.save_figure", keep)
+    figure_of_classes(run)
+    target = [{"image": torch.zeros(3, 24, 40, dtype=torch.uint8)}] * 2
+    figure_of_examples(run, {"val": None, "target": target}, count=2)
+    assert drawn[0] == list(names) and drawn[1] == list(names)
+
+
+def shown_by(text):
+    "What a text of matplotlib shows; a formula would be told apart."
+    shown, math = text._preprocess_math(text.get_text())
+    assert not math
+    return shown
 
 
 @pytest.mark.parametrize("folder", ["nothing", "empty", "damaged"])

@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from jobs import ENV, log, MODULE, SMALL, start, train, weights
 from safetensors.torch import save_file
 
-from sac_lit.config import Config, load_config
+from sac_lit.config import Config, load_config, SACConfig
 from sac_lit.core import ASIDE, UserError
 from sac_lit.loop import _resume, checkpoints, load_checkpoint, Progress, save_checkpoint
-from sac_lit.runs import open_run
+from sac_lit.runs import lock_folder, open_run
 from sac_lit.train import _read_frequencies, main
 
 BUSY = ("--log-every", "1", "--checkpoint-every", "1")  # a checkpoint after every step
@@ -132,6 +133,25 @@ def limited(cwd, *args, size):
         [sys.executable, *MODULE, "toy", *SMALL, *args], cwd=cwd, env=ENV,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
         capture_output=True, text=True, timeout=300)
+
+
+def test_lengthened(cwd):
+    """A finished run that is asked for more steps, and one that had them from the beginning.
+
+    Weights and lines of steps are the same to the last bit."""
+    args = (*BUSY, "--sac.schedule", "constant", "--keep", "last")
+    for name, steps in (("longer", "4"), ("longer", "7"), ("long", "7")):
+        done = train(cwd, *args, "--name", name, "--sac.steps", steps)
+        assert done.returncode == 0, done.stderr
+        if steps == "7" and name == "longer": assert "sac: continued from step 4" in done.stdout
+    for folder in ("model_abn", "model", "momentum"):
+        a, b = weights(cwd, "long", folder), weights(cwd, "longer", folder)
+        assert all(torch.equal(a[k], b[k]) for k in a), folder
+    steps = [log(cwd, name, event="step") for name in ("long", "longer")]
+    assert steps[0] == steps[1]
+    runs = [cwd / "runs" / name for name in ("long", "longer")]
+    kept = [[p.name for p in (run / "checkpoints").iterdir()] for run in runs]
+    assert kept == [["sac_0000007"]] * 2 and (runs[1] / "model_4").is_dir()
 
 
 def test_full_disk(cwd):
@@ -335,9 +355,101 @@ def test_a_damaged_log_stops_nothing(saved):
     assert _resume(run, "abn", state) == 2
     assert path.read_bytes() == before and said[0].startswith(f"{path}: 3 damaged lines")
     assert path.with_name("log.jsonl.damaged").read_bytes() == damaged
+    for k, content in enumerate(("garbage", "null", "[1]")):
+        (run.folder / "seconds.json").write_text(content)
+        assert _resume(run, "abn", state) == 2 and "set aside as seconds.json.damaged" in said[-2]
+        aside = run.folder / f"seconds.json.damaged{k or ''}"
+        assert aside.read_text() == content and not (run.folder / "seconds.json").exists()
     for content in ("", "[]", "{", '{"abn": "x", "sac": 2.5}'):
         (run.folder / "seconds.json").write_text(content)
         assert run.seconds() == ({"sac": 2.5} if "2.5" in content else {})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_log_stops_no_resume(saved, make):
+    run, state = saved
+    path = run.folder / "log.jsonl"
+    path.unlink()
+    make(path)
+    said = []
+    run.say = said.append
+    assert _resume(run, "abn", state) == 2 and path.read_bytes() == b""
+    assert "set aside as log.jsonl.damaged" in said[0]
+
+
+def spoil(path, how):
+    "Put something else in the place of a checkpoint."
+    state = path / "state.pt"
+    if how == "pipe":
+        state.unlink()
+        os.mkfifo(state)
+    elif how == "file":
+        shutil.rmtree(path)
+        path.write_text("x")
+    else:
+        parts = {"settings": 3, "versions": {}, "state": {}}
+        torch.save([1] if how == "list" else parts, state)
+
+
+@pytest.mark.parametrize("how", ["pipe", "file", "list", "parts"])
+def test_what_is_no_checkpoint_gives_way_to_the_one_before(saved, how):
+    run, state = saved
+    spoil(checkpoints(run, "abn")[-1], how)
+    load_checkpoint(run, "abn", state)
+    assert state["progress"].step == 1
+    assert (run.folder / "checkpoints" / "abn_0000002.damaged").exists()
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    run = tmp_path / ("x" * 250)
+    with lock_folder(run):
+        with pytest.raises(UserError, match="another process is at work"), lock_folder(run): pass
+    assert open_run(Config(name=run.name, runs=str(tmp_path))).folder == run
+
+
+# ---------------------------------------------------------------- lengthened
+
+def finished(folder, **changes):
+    "A run whose joint stage is done, as far as its folder says."
+    sac = SACConfig(steps=20, **changes.pop("sac", {}))
+    cfg = Config(name="done", runs=str(folder), sac=sac, **changes)
+    run = open_run(cfg)
+    run.log({"event": "step", "stage": "sac", "step": 20, "loss_source": .1})
+    (run.folder / "model").mkdir()
+    (run.folder / "model" / "mark").write_text("after 20 steps")
+    (run.folder / "checkpoints" / "sac_0000020").mkdir(parents=True)
+    return replace(cfg, mixed_precision=run.cfg.mixed_precision)
+
+
+def longer(cfg, steps=30): return replace(cfg, sac=replace(cfg.sac, steps=steps))
+
+
+def test_a_finished_run_is_opened_for_more_steps(tmp_path):
+    "What it had trained is kept under the number of its steps."
+    run = open_run(longer(finished(tmp_path)))
+    assert load_config(run.folder).sac.steps == 30 and not (run.folder / "model").exists()
+    assert (run.folder / "model_20" / "mark").read_text() == "after 20 steps"
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"sac": {"schedule": "poly"}}, "its learning rate falls to 0 at step 20 (--sac.schedule p"),
+    ({"keep": "score"}, "with --keep score, its evaluation after step 20 would be one too many"),
+    ({"keep": "score", "eval_every": 7}, "its evaluation after step 20"),
+    ({}, "its last checkpoint, {run}/checkpoints/sac_0000020, is gone")])
+def test_what_cannot_be_lengthened_says_why_and_stays(tmp_path, changes, words):
+    cfg, run = finished(tmp_path, **changes), tmp_path / "done"
+    if not changes: shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError) as error: open_run(longer(cfg))
+    text = str(error.value)
+    assert words.format(run=run) in text and f"--config {run}" in text and "\n" not in text
+    assert load_config(run).sac.steps == 20 and (run / "model" / "mark").exists()
+
+
+def test_neither_shorter_nor_otherwise(tmp_path):
+    cfg = finished(tmp_path)
+    with pytest.raises(UserError, match="sac.steps 20 there, 10 here"): open_run(longer(cfg, 10))
+    with pytest.raises(UserError, match="sac.steps 20 there, 30 here; seed 0 there, 1 here"):
+        open_run(replace(longer(cfg), seed=1))
 
 
 def test_the_end_of_the_console_is_not_the_end_of_the_run(tmp_path):

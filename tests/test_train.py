@@ -94,6 +94,11 @@ def test_joint_stage_from_a_network_that_is_there(finished):
         assert done.returncode == 0, done.stderr
         assert same(weights(cwd), weights(cwd, f"from{k}"))
         assert {r["stage"] for r in log(cwd, f"from{k}", event="evaluation")} == {"sac"}
+        assert re.search(rf"^IoU in % +{('ABN', 'start')[k]} +SAC +gain$", done.stdout, re.M)
+    row, = log(cwd, "from1", network="start")     # once; the folder's run had said it already
+    there = log(cwd, event="evaluation", stage="abn")[-1]
+    assert (row["miou"], row["iou"], row["step"]) == (there["miou"], there["iou"], 0)
+    assert not log(cwd, "from0", network="start")
 
 
 def test_a_cache_gives_the_same_network(finished):
@@ -240,6 +245,20 @@ def test_an_image_is_evaluated_at_its_own_size(plain):
     assert len({s["image"].shape for s in data}) == 4
     nothing = evaluate(lambda image: torch.zeros(image.shape[-2:]).long(), data, 5)
     assert nothing.counts.sum() == cm.counts.sum()
+
+
+def test_own_folders_have_an_oracle_and_a_gain(plain):
+    "With the labels of the target's training images, which no other stage sees."
+    labels = "--data.target-label-maps", "dusk/labels"
+    done = command(plain, *FOLDERS, *STEPS, *ANY_SIZE, "--name", "plain_too", *labels,
+                   "--data.workers", "0", "--stages", "abn", "sac", "oracle")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^IoU in % +ABN +SAC +oracle +gain$", done.stdout, re.M)
+    assert same(weights(plain, "plain"), weights(plain, "plain_too"))
+    gone = command(plain, *FOLDERS, *STEPS, "--name", "gone", "--stages", "abn", "oracle",
+                   "--data.target-label-maps", "val/labels")
+    assert is_one_sentence(gone) and "label" in gone.stderr
+    assert not (plain / "runs" / "gone" / "log.jsonl").exists()
 
 
 def test_a_cache_needs_one_size(mixed):
