@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['STAGES', 'CHOICES', 'TOY_DATA', 'TOY', 'TOY_LONG', 'PRESETS', 'MAY_CHANGE', 'SUBSETS', 'DataConfig', 'OptimConfig',
            'ABNConfig', 'SACConfig', 'Config', 'Stage', 'Choice', 'long_options', 'check_config', 'load_stages',
-           'class_names', 'absent_classes', 'released_config', 'settings', 'differences', 'load_config', 'check_same']
+           'class_names', 'absent_classes', 'released_config', 'settings', 'differences', 'only_longer', 'load_config',
+           'is_run', 'check_same']
 
 # %% ../nbs/08b_config.ipynb #5f6679e4
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -21,12 +23,13 @@ import torch.nn as nn
 import tyro
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 
-from .core import generator, in_a_line, lookup, NAMES, subset, UserError
+from .core import generator, in_a_line, lookup, NAMES, read_json, subset, UserError
 from .crop_fusion import POOLS
 from .datasets import find_layout, Layout, LAYOUTS, read_classes
 from .deeplabv2 import ARCHS
 from .ema_training import SelfSupervision
 from .focal_loss import CONFIDENCES
+from .ranges import check_ranges, from_plain, option_of, RANGES
 from sac_lit.views import (
     Augmentation,
     IMAGENET_MEAN,
@@ -240,35 +243,48 @@ def long_options(words: list[str]) -> list[str]:
     parts = [word.partition("=") for word in words]
     return [_SHORT.get(option, option) + equals + value for option, equals, value in parts]
 
-def _list_names(option: str, choice: Choice) -> None:
-    "Let the help of a setting list the names from which it chooses."
+def _show_in_help(option: str, text: str) -> None:
+    "Let the help of a setting end with a text."
     cls, (*path, name) = Config, option.split(".")
     for part in path: cls = typing.get_type_hints(cls)[part]
-    names = f"one of {', '.join(choice.table)}, or {choice.own}"
-    names = "".join(f"short: {s}; " for s, long in _SHORT.items() if long == f"--{option}") + names
-    hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}; {names})")
-    cls.__annotations__[name] = Annotated[cls.__annotations__[name], hint]
+    short = "".join(f"short: {s}; " for s, long in _SHORT.items() if long == f"--{option}")
+    hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}; {short}{text})")
+    cls = next(c for c in cls.__mro__ if name in c.__dict__.get("__annotations__", ()))
+    kind = cls.__annotations__[name]
+    if typing.get_origin(kind) is Annotated: return  # lr: of both stages
+    cls.__annotations__[name] = Annotated[kind, hint]
 
-for _option, _choice in CHOICES.items(): _list_names(_option, _choice)
+for _option, _choice in CHOICES.items():
+    _show_in_help(_option, f"one of {', '.join(_choice.table)}, or {_choice.own}")
+for _option, _range in RANGES.items(): _show_in_help(_option, _range.bounds())
 
 # %% ../nbs/08b_config.ipynb #f221bd42
 def check_config(cfg: Config) -> None:
-    "Raises `UserError` where a name is in no table, or an interval or a size is 0."
-    for option in _AT_LEAST_1:
-        numbers = _given(cfg, option)
-        if all(n >= 1 for n in numbers): continue
-        flag, what = option.replace("_", "-"), "numbers" if len(numbers) > 1 else "a number"
-        raise UserError(f"--{flag} {' '.join(map(str, numbers))}: give {what} of at least 1")
+    "Raises `UserError` where a number, a name or a combination of settings cannot be."
+    check_ranges(cfg)
+    _check_together(cfg)
     classes = class_names(cfg)
     load_stages(cfg.stages)
     for option, choice in CHOICES.items():
         for name in _given(cfg, option): _check_name(option, choice, name, cfg)
-    find_layout(cfg.data.target, option="--data.target")
+    target = find_layout(cfg.data.target, option="--data.target")
+    if "oracle" in cfg.stages and target.apart and not cfg.data.target_label_maps:
+        raise UserError("--stages oracle: needs labels of the target's training images; give "
+                        "their folder with --data.target-label-maps, or leave the stage out")
     absent_classes(cfg.data.source, classes)
 
-_AT_LEAST_1 = (
-    "log_every", "checkpoint_every", "checkpoints", "threads", "sac.period", "sac.label_batch",
-    "data.source_size", "data.target_size", "data.eval_size")
+def _check_together(cfg: Config) -> None:
+    "Raises `UserError` where settings do not fit each other, or the run's name is no folder's."
+    sac, name = cfg.sac, cfg.name
+    if name in ("", ".", "..") or {*name} & {"/", "\\", "\0"}:
+        raise UserError(f"--name {name!r}: give the name of a folder; "
+                        "the folder above it is given with --runs")
+    if "blur" in sac.noise and math.ceil(3 * sac.blur) >= min(sac.crop):
+        raise UserError(f"{option_of('sac.blur', sac.blur)}: reaches beyond the crop, whose "
+                        f"shorter side has {min(sac.crop)} pixels; give less than a third of that")
+    if sac.start and "abn" in cfg.stages:
+        raise UserError("--sac.start: the joint stage would not use the ABN pretraining "
+                        "of this run; give --stages sac, too")
 
 def _given(cfg: Config, option: str) -> tuple:
     "The values of a setting: one or several, or none."
@@ -411,39 +427,43 @@ def differences(there: dict, here: dict) -> str:
     names = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
     return "; ".join(f"{k} {there.get(k)} there, {here.get(k)} here" for k in names[:3])
 
+def only_longer(there: dict, here: dict) -> bool:
+    "Whether settings differ in nothing but more steps of the joint stage."
+    same = {**there, "sac.steps": here["sac.steps"]} == here
+    return same and there["sac.steps"] < here["sac.steps"]
+
 # %% ../nbs/08b_config.ipynb #76f50ee5
 SUBSETS = {  # train ids over which the shorter means are taken, by title
     f"mean of {n}": subset(n) for n in (16, 13)}
 
 # %% ../nbs/08b_config.ipynb #74fd8d85
-def _from_dict(cls, values: dict):
-    "A (nested) dataclass from the dictionary that `dataclasses.asdict` and JSON made of it."
-    kinds = typing.get_type_hints(cls)
-    made = {}
-    for name, value in values.items():
-        if name not in kinds: continue  # of another version
-        if dataclasses.is_dataclass(kinds[name]): value = _from_dict(kinds[name], value)
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
-
-def load_config(folder: Path) -> Config:
-    "The configuration of a run. Raises `UserError` where the folder holds none."
-    path = folder / "config.json"
-    try: return _from_dict(Config, _saved(folder))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder}: holds no run of sac_lit ({path.name}: {e}); "
+def load_config(place: Path,  # the folder of a run, or a file that was its config.json
+               ) -> Config:
+    "The configuration of a run. Raises `UserError` where there is none."
+    try: return from_plain(Config, _saved(place))
+    except UserError as e:
+        raise UserError(f"{place}: holds no run of sac_lit ({e}); "
                         "give the folder of a run, such as runs/toy") from e
 
-def _saved(folder: Path) -> dict:
+def _saved(place: Path) -> dict:
     "The configuration of a run as it was written, perhaps by another version."
-    return json.loads((folder / "config.json").read_text())["config"]
+    path = place / "config.json" if place.is_dir() else place
+    found = read_json(path, "the config.json of a run").get("config")
+    if isinstance(found, dict) and "stages" in found: return found
+    raise UserError(f"{path}: has no settings of a run")
+
+def is_run(folder: Path) -> bool:
+    "Whether a folder is that of a run: only such a one is ever emptied or gone on with."
+    try: return folder.is_dir() and bool(_saved(folder))
+    except UserError: return False
 
 def check_same(folder: Path, cfg: Config) -> None:
     "Raises `UserError` where the run in a folder has other settings that decide its result."
-    other = differences(settings(load_config(folder)), settings(cfg))
+    saved, here = dict(_flat(_saved(folder))), settings(cfg)
+    there = {name: saved.get(name, value) for name, value in settings(Config()).items()}
+    other = differences(there, here)
     if not other: return
-    there, here = (dict(_flat(values)) for values in (_saved(folder), dataclasses.asdict(cfg)))
     version = ", begun with another version, which this one cannot continue"
-    if there.keys() == here.keys(): version = ""
+    if saved.keys() == dict(_flat(dataclasses.asdict(cfg))).keys(): version = ""
     raise UserError(f"{folder} holds a run of another configuration ({other}){version}; "
                     "give another --name, or --fresh to start over")

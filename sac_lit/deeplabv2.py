@@ -214,16 +214,10 @@ ARCHS = {  # the networks by name: classes that take `num_classes`, or where one
     "deeplabv2_timm": "sac_lit.encoders:DeepLabTimm"}
 
 # %% ../nbs/02_deeplabv2.ipynb #59d3e8be
-_MODEL_CARD = """---
-{{ card_data }}
----
-A semantic segmentation network trained with sac_lit. It takes images normalised by ImageNet's
-mean and deviation and returns the scores of its classes at its own stride.
-`SegmentationModel.from_pretrained(folder)` of `sac_lit.deeplabv2` loads it.
-"""  # the README.md that `save_pretrained` puts beside the weights
+_MODEL_CARD = "sac_lit.card:model_card"  # a page of its own
 
 class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
-                        tags=["image-segmentation"], model_card_template=_MODEL_CARD):
+                        tags=["image-segmentation"]):
     "A segmentation network by name; `save_pretrained` and `from_pretrained` keep it on disk."
     def __init__(self,
                  arch: str,  # a key of `ARCHS`, or module:Class of your own
@@ -231,6 +225,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                  names=None,  # of the classes; by default Cityscapes' 19, else "class 0", ...
                  encoder: str | None = None,  # of a network that takes one, such as deeplabv2_timm
                  inference_size: tuple[int, int] | None = None,  # as in `set_inference_size`
+                 about: dict | None = None,  # as in `describe`
                 ):
         super().__init__()
         self.arch, self.num_classes = arch, num_classes
@@ -241,6 +236,8 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         self.stride = _output_stride(self.backbone, arch, num_classes)
         self.new = _new_layers(self.backbone, arch)      # layers that ImageNet does not know
         self.set_inference_size(inference_size)
+        self.about = {}
+        self.describe(**(about or {}))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.backbone(images)
@@ -249,6 +246,17 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         "How large images are to be when the network sees them; None: as they are. Saved with it."
         self.inference_size = size and tuple(size)
         self._hub_mixin_config["inference_size"] = self.inference_size
+
+    def describe(self, **facts) -> None:  # strings, numbers, and dictionaries of them
+        "Note what is known of its training, for the model card and exports. Saved with it."
+        self.about = {**self.about, **facts}
+        self._hub_mixin_config["about"] = self.about
+        if not self.about: del self._hub_mixin_config["about"]     # as in folders of old
+
+    def generate_model_card(self, **facts):  # huggingface_hub's `ModelCard`
+        "The README.md that `save_pretrained` and `push_to_hub` put beside the weights."
+        model_card = lookup({}, _MODEL_CARD, "model card")
+        return model_card(self, {**self.about, **facts}, self._hub_mixin_info.model_card_data)
 
     @classmethod
     def from_pretrained(cls,
@@ -264,6 +272,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
             words = " ".join(str(e).split())[:200]
             raise UserError(f"{folder}: {place} ({words}); {_ADVICE}") from e
 
+# %% ../nbs/02_deeplabv2.ipynb #69a8deff
 def _class_names(names, num_classes: int) -> tuple[str, ...]:
     "The names given, or the usual ones."
     usual = NAMES if num_classes == len(NAMES) else [f"class {k}" for k in range(num_classes)]

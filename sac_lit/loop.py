@@ -24,7 +24,7 @@ import torch.nn as nn
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from .config import differences, settings
+from .config import differences, only_longer, settings
 from .core import flush, progress, Stopped, UserError, watched, written_aside
 from .datasets import SegmentationDataset
 from .importance_sampling import epoch_index, StepSampler
@@ -176,9 +176,15 @@ def _read_checkpoint(path: Path) -> dict:
     "A checkpoint's content. `ValueError` where a byte is wrong, `OSError` where no disk answers."
     file = path / "state.pt"
     try:
+        if path.exists() and not path.is_dir(): raise ValueError("is no folder")
+        if file.exists() and not file.is_file(): raise ValueError("state.pt is no file")
         with zipfile.ZipFile(file) as z: damaged = z.testzip()
         if damaged: raise ValueError(f"{damaged} fails its check sum")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        parts = isinstance(saved, dict) and {"settings", "versions", "state"} <= saved.keys()
+        if not parts or not all(isinstance(saved[part], dict) for part in saved):
+            raise ValueError("state.pt is not of this program")
+        return saved
     except FileNotFoundError as e: raise ValueError("state.pt is missing") from e
     except OSError: raise
     except Exception as e:  # a damaged header can raise nearly anything
@@ -194,8 +200,9 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
         except ValueError as e:
             _set_aside(run, path, e)
             continue
-        other = differences(saved["settings"], settings(run.cfg))
-        if other:
+        there, here = saved["settings"], settings(run.cfg)
+        other = differences(there, here)
+        if other and not (here["sac.schedule"] == "constant" and only_longer(there, here)):
             raise UserError(f"{path}: a checkpoint of another configuration ({other}); "
                             "remove it, or give another --name")
         if saved["versions"] != _versions():

@@ -7,6 +7,7 @@ __all__ = ['Share', 'share_out', 'Processes', 'StopSignal', 'Log', 'Run', 'start
            'open_run', 'load_stage', 'starting_network', 'reopen']
 
 # %% ../nbs/08c_runs.ipynb #5f6679e4
+import itertools
 import json
 import os
 import shutil
@@ -27,8 +28,27 @@ from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
 from accelerate.utils import gather_object, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 
-from .config import check_config, check_same, Config, load_config, settings, STAGES
-from .core import ASIDE, in_a_line, lookup, remove, UserError, written_aside
+from sac_lit.config import (
+    check_config,
+    check_same,
+    Config,
+    is_run,
+    load_config,
+    only_longer,
+    settings,
+    STAGES,
+)
+from sac_lit.core import (
+    ASIDE,
+    fingerprint,
+    in_a_line,
+    lookup,
+    read_json,
+    regular_file,
+    remove,
+    UserError,
+    written_aside,
+)
 from .deeplabv2 import SegmentationModel
 from .ema_training import Execution, PLAIN
 from .fast import FAST, fast_crop_and_resize, in_micro_batches
@@ -144,35 +164,71 @@ class Log:
         return [row for row in rows if row and all(row.get(k) == v for k, v in match.items())]
 
     def keep_damaged(self) -> None:
-        "Where whole lines of the log are damaged, keep a copy of the file, and say so."
-        damaged = [line for line in self._lines() if line.endswith("\n") and not _row_in(line)]
-        if not damaged: return
-        aside = shutil.copy(self.folder / "log.jsonl", self.folder / "log.jsonl.damaged")
-        self.say(f"{self.folder / 'log.jsonl'}: {len(damaged)} damaged lines are left out; "
-                 f"the file as it was is kept as {aside.name}")
+        "Where lines of the log, or the times of the stages, are damaged, set aside what is there."
+        path, seconds = self.folder / "log.jsonl", self.folder / "seconds.json"
+        try: damaged = [x for x in self._lines() if x.endswith("\n") and not _row_in(x)]
+        except UserError as e: return self._set_aside(path, e)
+        if damaged:
+            aside = shutil.copy(path, _free(path))
+            self.say(f"{path}: {len(damaged)} damaged lines are left out; "
+                     f"the file as it was is kept as {aside.name}")
+        if not os.path.lexists(seconds): return
+        try: read_json(seconds, "the times of the stages")
+        except UserError as e: self._set_aside(seconds, e)
+
+    def _set_aside(self, path: Path, why: UserError) -> None:
+        "Rename what stands in the place of one of the run's files."
+        aside = path.replace(_free(path))
+        self.say(f"{why}; set aside as {aside.name}, and the run goes on without it")
 
     def _lines(self) -> list[str]:
         path = self.folder / "log.jsonl"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        return text.splitlines(keepends=True)
+        if not os.path.lexists(path): return []
+        return regular_file(path).read_text(errors="replace").splitlines(keepends=True)
 
     def seconds(self) -> dict[str, float]:
         "Seconds that each finished stage took; nothing where that cannot be read."
-        try: found = json.loads((self.folder / "seconds.json").read_text())
-        except (OSError, ValueError): return {}
-        times = found.items() if isinstance(found, dict) else ()
-        return {stage: s for stage, s in times if isinstance(s, (int, float))}
+        try: found = read_json(self.folder / "seconds.json")
+        except UserError: return {}
+        return {stage: s for stage, s in found.items() if _is_number(s) and s >= 0}
 
     def say(self, text: str) -> None:
         "Print on the main process. Where nobody reads any more (`| head`), go on in silence."
         try: self.accelerator.print(text, flush=True)
         except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+def _free(path: Path) -> Path:
+    "A name beside a file for what is damaged there, which nothing has yet."
+    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
+    return next(p for p in names if not os.path.lexists(p))
+
+# %% ../nbs/08c_runs.ipynb #5d0e11a2
 def _row_in(line: str) -> dict | None:
     "A line of the log as a row; None where it is none."
     try: row = json.loads(line) if line.endswith("\n") else None
-    except ValueError: return None
-    return row if isinstance(row, dict) and "event" in row else None
+    except (ValueError, RecursionError): return None
+    if not isinstance(row, dict) or not {"event", "stage", "step"} <= row.keys(): return None
+    whole = _REQUIRED.get(row["event"], set()) if isinstance(row["event"], str) else set()
+    if row["event"] == "evaluation" and "network" not in row: whole = set()  # of one's own
+    fits = whole <= row.keys() and all(_is_field(*field) for field in row.items())
+    return row if fits else None
+
+_REQUIRED = {  # fields without which a row of this kind says nothing
+    "evaluation": {"miou", "iou"}, "warning": {"text"}, "score": {"score"},
+    "inference_size": {"size"}, "classes": {"prior"}}
+
+def _is_field(name: str, value) -> bool:
+    "Whether a field holds what its name says."
+    if name in ("event", "stage", "network", "text"): return isinstance(value, str)
+    if name == "step": return type(value) is int and 0 <= value < 1e9
+    if name in ("iou", "accepted", "prior", "threshold", "size"):
+        return isinstance(value, list) and all(_is_number(x) or x is None for x in value)
+    if name in ("miou", "score") or name.startswith("loss"): return _is_number(value)
+    return True
+
+def _is_number(x) -> bool:
+    "Whether something is a number, or NaN; none is infinite."
+    return type(x) in (int, float) and (x != x or abs(x) < 1e300)
 
 # %% ../nbs/08c_runs.ipynb #4cb45a09
 @dataclass
@@ -279,7 +335,8 @@ def _begun(cfg: Config) -> Config:
 def lock_folder(folder: Path) -> Iterator[None]:
     "While the block lasts, the folder is this process's. Raises `UserError` where it is another's."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    name = folder.name if len(os.fsencode(folder.name)) < 240 else fingerprint(folder.name)
+    lock = FileLock(folder.with_name(f".{name}.lock"))
     try: lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder}: another process is at work in this run; "
@@ -312,19 +369,45 @@ def _claim(folder: Path, cfg: Config) -> None:
     path = folder / "config.json"
     there = {p.name for p in folder.iterdir()} if folder.exists() else set()
     there -= {p.name for p in folder.glob(ASIDE)}
-    if there and not _is_of_a_run(path):
+    if there and not is_run(folder):
         raise UserError(f"{folder}: not empty and not a run of sac_lit; give another --name")
     if cfg.fresh and path.exists():
         for p in {*folder.iterdir()} - {path}: remove(p)
         remove(path)          # last: as long as it is there, the folder is a run
-    if there - {"config.json"} and path.exists(): check_same(folder, cfg)
+    if there - {"config.json"} and path.exists() and not _lengthened(folder, cfg):
+        check_same(folder, cfg)
     for left in list(folder.rglob(ASIDE)): remove(left)
     with written_aside(path) as tmp: tmp.write_text(json.dumps({"config": asdict(cfg)}, indent=1))
 
-def _is_of_a_run(path: Path) -> bool:
-    "Whether a file is the config.json of a run: only such a folder is ever emptied."
-    try: return "stages" in json.loads(path.read_text())["config"]
-    except (OSError, ValueError, TypeError, LookupError): return False
+# %% ../nbs/08c_runs.ipynb #5d0e11a4
+def _lengthened(folder: Path, cfg: Config) -> bool:
+    "Ready a run for more joint steps, if nothing else is asked for. `UserError` where it cannot be."
+    try: before = load_config(folder)
+    except UserError: return False
+    if not only_longer(settings(before), settings(cfg)): return False
+    network, steps = folder / STAGES["sac"].folder, before.sac.steps
+    why = _why_not_longer(folder, before) if network.exists() or "sac" in before.stages else ""
+    if why:
+        raise UserError(
+            f"{folder}: --sac.steps {cfg.sac.steps}: cannot be lengthened, since {why}; give "
+            f"another --name, with --config {folder} for the same settings, or with --stages sac "
+            f"--sac.start {network} to begin a joint stage from its network")
+    if not network.exists(): return True
+    kept = folder / f"{network.name}_{steps}"
+    remove(kept)
+    os.replace(network, kept)
+    return True
+
+def _why_not_longer(folder: Path, cfg: Config) -> str:
+    "Why more joint steps would not be those of a run that had them from the beginning."
+    c, last = cfg.sac, folder / "checkpoints" / f"sac_{cfg.sac.steps:07d}"
+    if c.schedule != "constant":
+        return f"its learning rate falls to 0 at step {c.steps} (--sac.schedule {c.schedule})"
+    if not (folder / STAGES["sac"].folder).exists(): return ""  # on its way
+    if not last.exists(): return f"its last checkpoint, {last}, is gone"
+    if cfg.keep == "score" and not (cfg.eval_every and c.steps % cfg.eval_every == 0):
+        return f"with --keep score, its evaluation after step {c.steps} would be one too many"
+    return ""
 
 # %% ../nbs/08c_runs.ipynb #f8eed257
 def load_stage(run: Run, stage: str) -> SegmentationModel:

@@ -32,6 +32,7 @@ from sac_lit.config import (
     absent_classes,
     check_config,
     Config,
+    load_config,
     long_options,
     PRESETS,
     SACConfig,
@@ -47,7 +48,7 @@ from sac_lit.core import (
     UserError,
     written_aside,
 )
-from .datasets import SegmentationDataset
+from .datasets import find_layout, open_dataset, SegmentationDataset
 from .deeplabv2 import build_model, param_groups, upsample
 from .ema_training import Labelled, MomentumNetwork, sac_step
 from .encoders import has_batch_norm
@@ -56,17 +57,21 @@ from .gallery import write_gallery
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .loop import batches, epoch_order, names_of, nonfinite_error, run_stage
 from .moving_threshold import ClassPrior, thresholds
+from .ranges import read_options
 
 # %% ../nbs/09_train.ipynb #9836a548
 from sac_lit.report import (
     figure_of_examples,
     figure_of_views,
+    means_of,
     result_table,
     results,
+    scores_before,
     table_text,
     write_report,
 )
 from sac_lit.run_data import (
+    evaluate_shared,
     example_views,
     log_evaluations,
     open_data,
@@ -177,7 +182,7 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std)
     if stage == "abn": target = _to_adapt(run, network, data["target"])
     if stage == "oracle":
-        labelled = target_data(d, labels=True)
+        labelled = _oracle_data(run)
         recipe = Recipe(c.crop, c.scale, c.jitter)
 
     def evaluate_it(step):
@@ -188,6 +193,13 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     seconds = run_stage(run, stage, c.steps, steps, state, evaluate_it)
     settle_inference_size(run, stage, network)  # where the evaluation was done before
     return network, seconds
+
+def _oracle_data(run: Run) -> SegmentationDataset:
+    "The target's training images with their labels, in its own layout or in folders apart."
+    d = run.cfg.data
+    if not find_layout(d.target).apart: return target_data(d, labels=True)
+    return open_dataset(d.target, d.target_root, d.target_label_maps, "train",
+                        d.classes, d.ignore, d.target_size, d.target_frames)
 
 def _to_adapt(run: Run, network: nn.Module, target: SegmentationDataset):
     "The target's images, unless there is no batch norm that could adapt to them."
@@ -308,7 +320,7 @@ def warnings_in(rows: list[dict], names) -> list[str]:
 def watch(run: Run, prior: ClassPrior, names) -> None:
     "Log the prior and the threshold of each class, and say each warning once."
     if not run.accelerator.is_main_process: return
-    rows = run.rows(event="step", stage="sac")
+    rows = [row for row in run.rows(event="step", stage="sac") if _is_whole(row, len(names))]
     chi, hp, step = prior.chi.cpu(), run.cfg.sac.loss, rows[-1]["step"]
     peak = torch.ones(1, len(chi))  # of a class that is sure
     limit = thresholds(peak, chi, hp.zeta, hp.beta, hp.floor)[0]  # (C,)
@@ -321,6 +333,11 @@ def watch(run: Run, prior: ClassPrior, names) -> None:
         run.log(dict(event="warning", stage="sac", step=step, text=text))
         run.say(f"warning: sac, step {step}: {text}")
 
+def _is_whole(row: dict, classes: int) -> bool:
+    "Whether a line of a joint step has a share for each class: the log may have been damaged."
+    accepted = row.get("accepted", ())
+    return len(accepted) == classes and None not in accepted and "loss_source" in row
+
 # %% ../nbs/09_train.ipynb #a7c83a66
 def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     "The joint stage: the student, and the seconds that its training took."
@@ -329,6 +346,7 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     network = freeze_bn(_starting_network(run, data["source"].names))
     if not run.cfg.plain: speed_up(network)
     frequency = target_frequencies(run, network, data["target"])  # (N, C)
+    _score_start(run, network, data["val"])
     absent = absent_classes(run.cfg.data.source, network.names)
     weights = sampling_weights(frequency, c.uniform, absent)  # (C, N)
     momentum, teacher = _teacher(run, network)
@@ -353,6 +371,15 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
         with written_aside(run.folder / "momentum") as tmp:
             momentum.model.save_pretrained(tmp)
     return kept_by_score(run) if judge else network, seconds
+
+def _score_start(run: Run, network: nn.Module, val: SegmentationDataset | None) -> None:
+    "Log what the network of `--sac.start` scores, once: the gain is counted from there."
+    if val is None or not run.cfg.sac.start or run.agreed(bool(scores_before(run))): return
+    cm = evaluate_shared(run, network, val)
+    classes, *_ = means_of(run.cfg).values()
+    iou = [None if x != x else round(100 * x, 2) for x in cm.iou().tolist()]
+    run.log(dict(event="evaluation", stage="sac", network="start", step=0,
+                 miou=round(100 * cm.miou(classes), 2), iou=iou))
 
 def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
     "The momentum network, and what is called in its place: the same in the run's precision."
@@ -404,9 +431,15 @@ def _train_stage(run: Run, stage: str, data: dict) -> None:
         network, seconds = lookup({}, entry.train, "--stages")(run, stage, data)
         if run.accelerator.is_main_process: _save_stage(run, stage, network, seconds)
         run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        for old in (run.folder / "checkpoints").glob(f"{stage}_*"): remove(old)
+    if run.accelerator.is_main_process: _remove_checkpoints(run, stage)
     run.steps_before += getattr(run.cfg, entry.settings).steps
+
+def _remove_checkpoints(run: Run, stage: str) -> None:
+    "Those of a finished stage, but the last of a joint stage that can be lengthened."
+    c, kept = run.cfg.sac, ""
+    if c.schedule == "constant": kept = f"sac_{c.steps:07d}"
+    for old in (run.folder / "checkpoints").glob(f"{stage}_*"):
+        if old.name != kept: remove(old)
 
 def _save_stage(run: Run, stage: str, network: nn.Module, seconds: float) -> None:
     "Save a stage's network, and note the time that it took."
@@ -428,16 +461,23 @@ def train(cfg: Config) -> Run:
         run = open_run(cfg, accelerator)
         run.say(f"{cfg.name}: {_what_it_takes(run)}")
         check_shares(run)
-        if cfg.sac.start and "abn" in cfg.stages:
-            raise UserError("--sac.start: the joint stage would not use the ABN pretraining "
-                            "of this run; give --stages sac, too")
-        data = open_data(run)
+        data = _open_all(run)
         use_style()
         with run.stop:
             for stage in cfg.stages: _train_stage(run, stage, data)
         if accelerator.is_main_process: _say_results(run, data)
     accelerator.end_training()
     return run
+
+def _open_all(run: Run) -> dict:
+    "The data of a run. Label maps that only the oracle sees are looked for, and opened there."
+    cfg = run.cfg
+    if "oracle" not in cfg.stages: return open_data(run)
+    if not cfg.data.target_labels:
+        cfg = replace(cfg, data=replace(cfg.data, target_label_maps=None))
+    data = open_data(replace(run, cfg=cfg))
+    _oracle_data(run)
+    return data
 
 def _with_camvid(cfg: Config) -> Config:
     "With the folders of CamVid, where a run asks for it."
@@ -468,16 +508,43 @@ def _say_results(run: Run, data: dict) -> None:
 # %% ../nbs/09_train.ipynb #570adfd1
 #| code-fold: true
 def main(argv: list[str] | None = None) -> None:
-    "The command line: `[preset] [--option value ...]`, or `report FOLDER`."
+    "The command line: `[preset] [--option value ...]`, `--config RUN ...`, or `report FOLDER`."
     argv = long_options(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]: return report.main(argv[1:])
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        argv = ["toy", *argv]
     with clean_exit("the same command continues from the last checkpoint"):
-        train(tyro.extras.overridable_config_cli(
-            PRESETS, args=argv, prog="python -m sac_lit.train",
-            description="Train a segmentation network on a labelled source and adapt it to a "
-                        "target with SAC. `report FOLDER` in place of a preset redraws a report."))
+        train(_configuration(argv))
+
+def _configuration(argv: list[str]) -> Config:
+    "What a command line asks for. Raises `UserError`, one sentence, for a mistake in it."
+    if any(word.partition("=")[0] == "--config" for word in argv): return _from_a_run(argv)
+    if argv[:1] in (["-h"], ["--help"]): return _preset(argv)
+    if not argv or argv[0].startswith("-"): argv = ["toy", *argv]
+    return read_options(_preset, argv, PRESETS)
+
+def _preset(argv: list[str]) -> Config:
+    "A preset, and what is changed of it."
+    return tyro.extras.overridable_config_cli(
+        PRESETS, args=argv, prog="python -m sac_lit.train",
+        description="Train a segmentation network on a labelled source and adapt it to a target "
+                    "with SAC. `--config RUN` in place of a preset takes the settings of a run, "
+                    "`report FOLDER` redraws a report.")
+
+def _from_a_run(argv: list[str]) -> Config:
+    "The settings of another run, for one of another name."
+    k = next(k for k, word in enumerate(argv) if word.partition("=")[0] == "--config")
+    option, equals, place = argv[k].partition("=")
+    rest = argv[:k] + argv[k + 1 if equals else k + 2:]
+    if not equals: place = "".join(argv[k + 1:k + 2])
+    if rest and not rest[0].startswith("-"):
+        raise UserError(f"{rest[0]}: give a preset or --config, not both")
+    if not place or place.startswith("--"): raise UserError("--config: give the folder of a run")
+    there = replace(load_config(Path(place)), fresh=False)
+    def changed(words):
+        return tyro.cli(Config, args=words, default=there, prog="python -m sac_lit.train")
+    cfg = read_options(changed, rest)
+    if (cfg.runs, cfg.name) == (there.runs, there.name):
+        raise UserError(f"--config {place}: give the new run a --name of its own")
+    return cfg
 
 # %% ../nbs/09_train.ipynb #ee87f44f
 if __name__ == "__main__" and "__file__" in globals(): main()
