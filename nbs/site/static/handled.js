@@ -9,7 +9,7 @@
     return element;
   };
   const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-  const percent = (part, whole) => `${(100 * part / whole).toFixed(1)} %`;
+  const percent = (part, whole) => `${(100 * part / whole).toFixed(1)}\u00a0%`;
 
   // A range of `steps` positions; `say` names one of them.
   const slider = (name, title, steps, at, say, moved) => {
