@@ -13,6 +13,7 @@ import sys
 AT_HAND = {  # names that the package gives, and the modules they come from
     "ConfusionMatrix": "core", "UserError": "core", "generator": "core",
     "open_dataset": "datasets", "normalize": "views",
+    "Segmenter": "segmenter",
     "SegmentationModel": "deeplabv2", "build_model": "deeplabv2", "load_snapshot": "weights",
     "fuse": "crop_fusion", "ClassPrior": "moving_threshold", "pseudo_labels": "moving_threshold",
     "sampling_weights": "importance_sampling",

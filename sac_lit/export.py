@@ -254,7 +254,7 @@ def quantize(path: Path,      # of an exported .onnx
             raise UserError(f"{to}: in integers {1 - found.pixels:.0%} of the pixels get another "
                             "class; use the file without --int8, or calibrate with more images")
     return found
-#| export
+
 class _Feed:
     "Photographs as the quantiser asks for them."
     def __init__(self, photos): self.images = ({"image": _as_input(x).numpy()} for x in photos)

@@ -18,7 +18,6 @@ from typing import Annotated, Iterator, Literal
 from zlib import crc32
 
 import matplotlib.pyplot as plt
-import seaborn as sns
 import torch
 import tyro
 
@@ -179,6 +178,7 @@ def score_table(cm: ConfusionMatrix, names=NAMES) -> str:
 
 def confusion_heatmap(cm: ConfusionMatrix, names=NAMES):  # matplotlib axes
     "Where the pixels of each class went, in per cent of the class."
+    import seaborn as sns
     share = 100 * cm.counts / cm.counts.sum(1, keepdim=True)   # (C, C), rows add up to 100
     text = [["" if not x >= .5 else f"{x:.0f}" for x in row] for row in share.tolist()]
     size = 1.9 + .25 * len(names)

@@ -381,7 +381,7 @@ def _claim(folder: Path, cfg: Config) -> None:
 
 # %% ../nbs/08c_runs.ipynb #5d0e11a4
 def _lengthened(folder: Path, cfg: Config) -> bool:
-    "Ready a run for more joint steps, if nothing else is asked for. `UserError` where it cannot be."
+    "Ready a run for more joint steps, if only these are asked for. `UserError` if it cannot be."
     try: before = load_config(folder)
     except UserError: return False
     if not only_longer(settings(before), settings(cfg)): return False

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['build_optimizer', 'lr_factor', 'set_lr', 'prepare', 'seed_dropout', 'supervised_steps', 'train_supervised',
-           'target_frequencies', 'sac_steps', 'warnings_in', 'watch', 'train_sac', 'check_shares', 'train', 'main']
+           'target_frequencies', 'sac_steps', 'warnings_in', 'watch', 'train_sac', 'check_shares', 'all_at_work',
+           'train', 'main']
 
 # %% ../nbs/09_train.ipynb #d5798adc
 import json
+import re
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice, repeat
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -49,7 +52,7 @@ from sac_lit.core import (
     written_aside,
 )
 from .datasets import find_layout, open_dataset, SegmentationDataset
-from .deeplabv2 import build_model, param_groups, upsample
+from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
 from .ema_training import Labelled, MomentumNetwork, sac_step
 from .encoders import has_batch_norm
 from .fast import checkpoint_gradients, speed_up
@@ -368,6 +371,7 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     seconds = run_stage(run, stage, c.steps, steps, state, evaluate_both,
                         run.cfg.eval_every, watch_it)
     if acc.is_main_process:
+        _describe(run, momentum.model, f"{STAGES[stage].title}, momentum network")
         with written_aside(run.folder / "momentum") as tmp:
             momentum.model.save_pretrained(tmp)
     return kept_by_score(run) if judge else network, seconds
@@ -445,8 +449,27 @@ def _save_stage(run: Run, stage: str, network: nn.Module, seconds: float) -> Non
     "Save a stage's network, and note the time that it took."
     spent = {**run.seconds(), stage: round(seconds, 1)}
     with written_aside(run.folder / "seconds.json") as tmp: tmp.write_text(json.dumps(spent))
+    _describe(run, network, STAGES[stage].title)
     with written_aside(run.folder / STAGES[stage].folder) as tmp:
         network.save_pretrained(tmp)
+
+def _describe(run: Run, network: SegmentationModel, title: str) -> None:
+    "Note in a network what its model card and its exports say of its training."
+    d = run.cfg.data
+    network.describe(trained_by=title, source=d.source, target=d.target, seed=run.cfg.seed)
+
+# %% ../nbs/09_train.ipynb #a11a7w0k
+_NO_ANSWER = re.compile("gloo|NCCL|Connection (closed|reset)|Broken pipe")
+
+@contextmanager
+def all_at_work(accelerator: Accelerator) -> Iterator[None]:
+    "Around what processes do together. `UserError` on the first where another one has ended."
+    try: yield
+    except RuntimeError as e:
+        if accelerator.num_processes == 1 or not _NO_ANSWER.search(str(e)): raise
+        if not accelerator.is_main_process: sys.exit(2)
+        raise UserError("another process of this run does not answer any more; what it said "
+                        "stands above, and the run goes on from its last checkpoint") from e
 
 # %% ../nbs/09_train.ipynb #72ded23e
 def train(cfg: Config) -> Run:
@@ -463,7 +486,7 @@ def train(cfg: Config) -> Run:
         check_shares(run)
         data = _open_all(run)
         use_style()
-        with run.stop:
+        with run.stop, all_at_work(accelerator):
             for stage in cfg.stages: _train_stage(run, stage, data)
         if accelerator.is_main_process: _say_results(run, data)
     accelerator.end_training()

@@ -115,3 +115,13 @@ def log(cwd, name="toy", **match):
     "Lines of a run's log with these values."
     rows = map(json.loads, (cwd / "runs" / name / "log.jsonl").read_text().splitlines())
     return [r for r in rows if all(r.get(k) == v for k, v in match.items())]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < end: time.sleep(.01)
+
+
+def wait_for_log(cwd, process, name, stage="abn"):
+    path = cwd / "runs" / name / "log.jsonl"
+    wait_for(lambda: path.exists() and log(cwd, name, stage=stage), process)

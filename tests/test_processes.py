@@ -4,9 +4,10 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
-from jobs import launched, log, start, train, weights
+from jobs import launched, log, start, train, wait_for_log, weights
 
 # SGD: Adam would turn a rounding error in a gradient near 0 into a step
 SGD = (
@@ -151,11 +152,7 @@ def test_a_signal_reaches_all_processes(one):
     args = (*SGD, "--abn.steps", "400", "--log-every", "1", "--checkpoint-every", "1000",
             "--name", "signal", "--stages", "abn")
     process = start(one, *args, launch=launched(2))
-    path = one / "runs" / "signal" / "log.jsonl"
-    end = time.time() + 120
-    while time.time() < end and process.poll() is None:
-        if path.exists() and log(one, "signal"): break
-        time.sleep(.05)
+    wait_for_log(one, process, "signal")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode and "stopped as asked (abn, step " in errors, errors
@@ -163,3 +160,21 @@ def test_a_signal_reaches_all_processes(one):
     found = re.findall(r"stopped as asked \(abn, step (\d+) of 400\)", errors)
     steps = {int(m) for m in found}
     assert len(steps) == 1 and saved == [f"abn_{steps.pop():07d}"]
+
+
+def test_one_of_two_processes_is_killed(one):
+    "The other one ends within seconds, with one sentence of its own; the run can go on."
+    args = (*SGD, "--abn.steps", "20000", "--name", "bereaved", "--data.workers", "0")
+    process = start(one, *args, launch=launched(2))
+    wait_for_log(one, process, "bereaved")
+    ranks = {rank_of(child): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    begin = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 20 and process.returncode
+    assert said.count("error: ") == 1 and "does not answer any more" in said
+    assert "rank0" not in said
+
+
+def rank_of(process):
+    return process.environ().get("RANK")

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jobs import ENV, log, MODULE, SMALL, start, train, weights
+from jobs import ENV, log, MODULE, SMALL, start, train, wait_for, wait_for_log, weights
 from safetensors.torch import save_file
 
 from sac_lit.config import Config, load_config, SACConfig
@@ -52,16 +52,6 @@ def assert_continues(cwd, *args, name):
     assert done.returncode == 0, done.stderr
     assert_as_undisturbed(cwd, name)
     return done.stdout
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.time() + seconds
-    while not condition() and process.poll() is None and time.time() < end: time.sleep(.01)
-
-
-def wait_for_log(cwd, process, name, stage="abn"):
-    path = cwd / "runs" / name / "log.jsonl"
-    wait_for(lambda: path.exists() and log(cwd, name, stage=stage), process)
 
 
 def kill(process):
