@@ -61,6 +61,8 @@ class DataConfig:
     eval_size: tuple[int, int] | None = None  # at which networks see whole images; None: as on disk
     classes: str | None = None  # layout folder: file with the class names, one a line
     ignore: tuple[int, ...] = (255,)  # layout folder: values of label maps that mean no class
+    label_suffix: str = ""  # layout folder: what label maps have behind an image's name: _mask
+    check: bool = True  # stop where no label of the source has a class; never changes a result
     workers: int = 4  # processes that decode images, for each that trains; never change a result
     cache: str | None = None  # folder for decoded training images; None: decode them each time
     timeout: int = 600  # seconds after which a worker that delivers nothing ends the run
@@ -408,7 +410,7 @@ PRESETS = {  # description and configuration of every preset, by name
 # %% ../nbs/08b_config.ipynb #15850326
 MAY_CHANGE = {  # settings that do not decide the results, and may change when a run goes on
     "runs", "fresh", "checkpoints", "log_every", "eval_every", "checkpoint_every", "when_full",
-    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout",
+    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout", "data.check",
     "data.cache"}
 
 def _flat(values: dict, prefix: str = ""):

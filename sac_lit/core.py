@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'ASIDE', 'SemanticClass', 'subset', 'colorize', 'colors_of',
-           'use_style', 'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars', 'seed_of',
-           'generator', 'UserError', 'lookup', 'in_a_line', 'fingerprint', 'flush', 'remove', 'written_aside',
-           'regular_file', 'read_text', 'read_json', 'result_file', 'Stopped', 'clean_exit', 'optional', 'ahead',
-           'watched', 'progress']
+           'use_style', 'literal', 'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars',
+           'seed_of', 'generator', 'UserError', 'lookup', 'in_a_line', 'fingerprint', 'flush', 'remove',
+           'written_aside', 'regular_file', 'read_text', 'read_json', 'result_file', 'Stopped', 'clean_exit',
+           'optional', 'ahead', 'watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #8e22b476
 import difflib
@@ -111,6 +111,10 @@ def use_style() -> None:
           "axes.spines.top": False, "axes.spines.right": False}
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=.8, rc=rc)
 
+def literal(names) -> list[str]:
+    "Names as matplotlib draws them: a $ in a name begins no formula."
+    return [name.replace("$", r"\$") for name in names]
+
 def class_legend(classes=range(len(CLASSES)),  # train ids to name
                  names=NAMES,
                  colors=None,  # RGB of each; by default `colors_of(names)`
@@ -121,6 +125,7 @@ def class_legend(classes=range(len(CLASSES)),  # train ids to name
     ncols = max(1, min(len(classes), int(fig.get_figwidth() / 1.15)))
     nrows = math.ceil(len(classes) / ncols)
     fig.set_figheight(fig.get_figheight() + .22 * nrows + .1)
+    names = literal(names)
     handles = [Patch(facecolor=np.array(colors[c]) / 255, label=names[c]) for c in classes]
     look = {"loc": "outside lower center", "ncols": ncols, "frameon": False, "fontsize": "small"}
     fig.legend(handles=handles, **look | kwargs)
@@ -238,7 +243,7 @@ def class_bars(values: dict,  # {series: numbers, one a class}
     if ax is None: ax = plt.subplots(figsize=(7, 2.6))[1]
     series = [name for name in values for _ in names]
     heights = np.concatenate([np.asarray(v, float) for v in values.values()])
-    data = {"class": [*names] * len(values), "series": series, ylabel: heights}
+    data = {"class": literal(names) * len(values), "series": series, ylabel: heights}
     many = len(values) > 1
     sns.barplot(data, x="class", y=ylabel, hue="series", ax=ax, legend=many)
     if log: ax.set_yscale("log")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Content', 'describe_maps', 'proposal', 'find_maps', 'main']
 
-# %% ../nbs/01d_describe.ipynb #75d1399b
+# %% ../nbs/01d_describe.ipynb #ac1231c9
 import argparse
 import sys
 from collections import Counter
@@ -24,7 +24,7 @@ from sac_lit.image_files import (
     read_numbers,
 )
 
-# %% ../nbs/01d_describe.ipynb #8ab2f38c
+# %% ../nbs/01d_describe.ipynb #63908781
 class Content(NamedTuple):
     "What a folder of label maps holds."
     files: int             # that were read
@@ -62,7 +62,7 @@ def _count(path: Path) -> tuple[str, np.ndarray, np.ndarray]:
                         "make it again with the nearest pixel")
     return "number", *np.unique(numbers, return_counts=True)
 
-# %% ../nbs/01d_describe.ipynb #8088ed05
+# %% ../nbs/01d_describe.ipynb #bc1245a5
 _SHOWN = 255  # most lines of a proposal
 
 def proposal(content: Content) -> str:
@@ -93,7 +93,7 @@ def _line_of(number: int, content: Content) -> str:
 
 def _packed(color) -> int: return color[0] << 16 | color[1] << 8 | color[2]
 
-# %% ../nbs/01d_describe.ipynb #9884f7e1
+# %% ../nbs/01d_describe.ipynb #10cda32b
 def find_maps(place: Path) -> list[Path]:
     "Files in a folder that may be label maps. Raises `UserError` where there are none."
     if place.is_file(): return [place]

@@ -109,13 +109,15 @@ def is_blended(numbers: np.ndarray) -> bool:
     blended, edges = blended_edges(numbers)
     return edges > 50 and blended > _BLENDED * edges
 
-# %% ../nbs/00d_findings.ipynb #9a8ee835
+# %% ../nbs/00d_findings.ipynb #c991af24
 _HEIGHT, _WIDTH = 32, 36  # of the small picture: 8 x 9 blocks of 4 x 4
 _ALIKE, _CORRELATION = .75, .975  # least agreement of hashes, and correlation of small pictures
 
 def small_grey(picture: Image.Image) -> np.ndarray:  # uint8 (32, 36)
     "A small grey picture, by which others are recognised."
-    return np.asarray(picture.convert("RGB").resize((_WIDTH, _HEIGHT), Image.BOX).convert("L"))
+    if picture.mode != "RGB": picture = picture.convert("RGB")
+    small = picture.resize((_WIDTH, _HEIGHT), Image.BOX)
+    return np.asarray(small.convert("L"))
 
 def difference_hash(small: np.ndarray,  # (N, 32, 36)
                    ) -> np.ndarray:     # (N, 64), values -1, 0 and 1

@@ -6,7 +6,7 @@
 __all__ = ['MOST_PIXELS', 'LABEL_SUFFIXES', 'LOSSY_SUFFIXES', 'FileError', 'open_image', 'png_bits', 'ClassTable',
            'read_class_table', 'read_lines', 'read_numbers', 'unknown_error', 'spans']
 
-# %% ../nbs/00c_image_files.ipynb #03cd9da7
+# %% ../nbs/00c_image_files.ipynb #28ac76f8
 import math
 import os
 import re
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .core import IGNORE_INDEX, in_a_line, NAMES, read_text, regular_file, UserError
 
-# %% ../nbs/00c_image_files.ipynb #1aa105dc
+# %% ../nbs/00c_image_files.ipynb #e3a3af1a
 class FileError(UserError):
     "About a file of a data set; keeps its one sentence when a worker raises it."
     def __init__(self,
@@ -32,7 +32,7 @@ class FileError(UserError):
         super().__init__(text.encode(errors="backslashreplace").decode())
         self.kind = kind
 
-# %% ../nbs/00c_image_files.ipynb #390e8d7f
+# %% ../nbs/00c_image_files.ipynb #584519d3
 MOST_PIXELS = 1 << 27  # of an image: 134 million, which three channels hold in 400 MB
 _MOST_BYTES = 1 << 31  # of its file
 _FORMATS = "PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM"
@@ -68,7 +68,7 @@ def _keep_low_bytes(picture: Image.Image) -> None:
     picture.tile = [part._replace(args=low.get(str(part.args), part.args))
                     for part in picture.tile]
 
-# %% ../nbs/00c_image_files.ipynb #f7df2267
+# %% ../nbs/00c_image_files.ipynb #613f1e51
 def _complaint(e: Exception) -> str:
     "What is wrong with a file that could not be read, and what to do."
     if isinstance(e, FileNotFoundError):
@@ -80,13 +80,13 @@ def _complaint(e: Exception) -> str:
     if isinstance(e, UnidentifiedImageError): problem = "no image"
     return f"is {problem}; replace it, for example from its archive"
 
-# %% ../nbs/00c_image_files.ipynb #1edf6618
+# %% ../nbs/00c_image_files.ipynb #b0fcfc14
 def png_bits(path: Path) -> int:
     "Bits in each channel of a PNG file; 8 for any other file."
     with open(path, "rb") as f: head = f.read(25)
     return head[24] if head.startswith(b"\x89PNG") else 8
 
-# %% ../nbs/00c_image_files.ipynb #9d0e0278
+# %% ../nbs/00c_image_files.ipynb #2388a76d
 class ClassTable(NamedTuple):
     "The lines of `classes.txt`: names of classes, their numbers and colours in label maps."
     names: tuple[str, ...]
@@ -108,7 +108,7 @@ class ClassTable(NamedTuple):
                             f"{self.names[classes[both[0]]]}; leave out one of the two")
         return ignored | classes
 
-# %% ../nbs/00c_image_files.ipynb #dd504c3c
+# %% ../nbs/00c_image_files.ipynb #98b53465
 _LINE = re.compile(r"(?:(\d+)\s+)?(.*?)(?:\s+#([0-9a-fA-F]{6}))?")  # number, name, colour
 _COMMENT = re.compile(r"(?:^|\s+)#(?:\s.*)?$")
 _WRONG = {  # what no line may look like: what is wrong with it
@@ -155,7 +155,7 @@ def read_lines(path) -> list[str]:
         raise UserError(f"{path}: cannot be read as text (No such file or directory); give {kind}")
     return [line.strip() for line in read_text(path, kind).rstrip().splitlines()]
 
-# %% ../nbs/00c_image_files.ipynb #6ea01404
+# %% ../nbs/00c_image_files.ipynb #9bf90d64
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".gif", ".bmp", ".npy")  # lossless formats
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")  # in which label maps are refused
 
@@ -204,7 +204,7 @@ def _bits(path: Path, picture: Image.Image) -> int:
     tags = getattr(picture, "tag_v2", None)           # of a TIFF
     return min(8, tags.get(258, (8,))[0]) if tags else png_bits(path)
 
-# %% ../nbs/00c_image_files.ipynb #6d83eff2
+# %% ../nbs/00c_image_files.ipynb #debcfde6
 def _whole_numbers(path, values: np.ndarray) -> Image.Image:
     "Numbers of any type in 8 or 16 bits. Raises `FileError` for those that are no label."
     kind = "label maps of other values"
@@ -236,7 +236,7 @@ def _open_array(path) -> Image.Image:
     _check_pixels(path, array.shape[1::-1])
     return Image.fromarray(np.array(array)) if colours else _whole_numbers(path, np.array(array))
 
-# %% ../nbs/00c_image_files.ipynb #03ea62fe
+# %% ../nbs/00c_image_files.ipynb #de79c4a5
 def _numbers_of_colors(path, picture: Image.Image, colors: dict[int, int]) -> Image.Image:
     "Each colour's number. Raises `FileError` for colours that no class has."
     pixels = np.asarray(picture).astype(np.int32) @ (1 << 16, 1 << 8, 1)      # (H, W)
@@ -263,7 +263,7 @@ def _check_meaning(path, picture: Image.Image, classes: ClassTable) -> None:
                     f"or the colour #{value * 0x010101:06x}; give each line its number",
                     "label maps that could mean two things")
 
-# %% ../nbs/00c_image_files.ipynb #bd8fd4ee
+# %% ../nbs/00c_image_files.ipynb #28e4760c
 #| code-fold: true
 def _size_error(path, size, image, image_size) -> FileError:
     sizes = "{} x {} pixels, but its image {} has {} x {}"

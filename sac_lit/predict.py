@@ -10,6 +10,7 @@ __all__ = ['MOST_PIXELS', 'SUBCOMMANDS', 'load_network', 'check_image', 'view_lo
 # %% ../nbs/10_predict.ipynb #0b0529a0
 import json
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from sac_lit.core import (
     ConfusionMatrix,
     evaluate,
     fingerprint,
+    literal,
     lookup,
     NAMES,
     progress,
@@ -38,6 +40,7 @@ from .datasets import find_layout, LAYOUTS, open_dataset, SegmentationDataset
 from .deeplabv2 import network_input, SegmentationModel, upsample
 from .fast import fast_argmax, row_strips, speed_up
 from .outputs import check_ours, Outputs
+from .ranges import read_options
 from .weights import load_snapshot
 
 # %% ../nbs/10_predict.ipynb #766f57d8
@@ -181,7 +184,7 @@ def confusion_heatmap(cm: ConfusionMatrix, names=NAMES):  # matplotlib axes
     import seaborn as sns
     share = 100 * cm.counts / cm.counts.sum(1, keepdim=True)   # (C, C), rows add up to 100
     text = [["" if not x >= .5 else f"{x:.0f}" for x in row] for row in share.tolist()]
-    size = 1.9 + .25 * len(names)
+    size, names = 1.9 + .25 * len(names), literal(names)
     ax = plt.subplots(figsize=(size + .4, size))[1]
     sns.heatmap(share.numpy(), annot=text, fmt="", annot_kws={"size": 6.5}, ax=ax,
                 cmap="Blues", vmin=0, vmax=100, square=True, linewidths=.5, linecolor=".93",
@@ -259,6 +262,7 @@ class Evaluate(PredictOptions):
     classes: str | None = None        # layout folder: file with the class names, one a line
     ignore: tuple[int, ...] = (255,)  # layout folder: values of label maps that mean no class
     frames: str | None = None         # file that lists the images to use, one a line
+    label_suffix: str = ""            # layout folder: what label maps have behind an image's name
     out: str = "evaluation"           # folder for scores.json and confusion.png
 
     def data(self) -> SegmentationDataset:
@@ -268,7 +272,7 @@ class Evaluate(PredictOptions):
             raise UserError(f"--layout {self.layout}: give the folder of the label maps with "
                             "--labels")
         return open_dataset(self.layout, self.root, self.labels or True, self.split, self.classes,
-                            self.ignore, frames=self.frames)
+                            self.ignore, frames=self.frames, label_suffix=self.label_suffix)
 
     def run(self) -> None:
         "Evaluate, print and write."
@@ -317,9 +321,10 @@ def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.predict evaluate|label|submit|export ...`."
     found = {name: lookup({}, command, "command") if isinstance(command, str) else command
              for name, command in SUBCOMMANDS.items()}
-    command = tyro.extras.subcommand_cli_from_dict(
-        found, args=argv, prog="python -m sac_lit.predict", description="Use a trained network.")
-    with clean_exit(): command.run()
+    parse = partial(tyro.extras.subcommand_cli_from_dict, found, prog="python -m sac_lit.predict",
+                    description="Use a trained network.")
+    argv = sys.argv[1:] if argv is None else argv
+    with clean_exit(): read_options(lambda words: parse(args=words), argv, found).run()
 
 # %% ../nbs/10_predict.ipynb #29c978c3
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -259,7 +259,8 @@ def _wrong_value(argv: list[str], said: str, options: dict[str, str]) -> str:
         if not before or word[:1] == "-": return f"{word}: no option takes it; see --help"
         option = before[-1].partition("=")[0]
     else:
-        named = [name for name in re.findall(r"--[\w.-]*\w", said) if name in options]
+        about = said.rpartition("error: ")[2]  # of argparse, after the usage
+        named = [name for name in re.findall(r"--[\w.-]*\w", about) if name in options]
         missing = re.search(r"Missing from .*?: (\S+)", said)
         if missing: return f"{missing[1]} is not given; see --help"
         if not named: return f"{said[:200]}; see --help"

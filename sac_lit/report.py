@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -187,12 +188,8 @@ def figure_of_classes(run: Run) -> Path:
     "IoU by class, one colour a stage."
     bars = {title: [x or 0 for x in row["iou"]] for title, row in results(run).items()}
     ax = plt.subplots(figsize=(7, 2.8))[1]
-    class_bars(bars, ylabel="IoU (%)", names=_literal(_names(run)), ax=ax)
+    class_bars(bars, ylabel="IoU (%)", names=_names(run), ax=ax)
     return save_figure(run, "classes")
-
-def _literal(names) -> tuple[str, ...]:
-    "Names as matplotlib draws them letter by letter: what stands between dollars is math to it."
-    return tuple(name.replace("$", r"\$") for name in names)
 
 # %% ../nbs/08e_report.ipynb #d507a06f
 @torch.no_grad()
@@ -212,7 +209,7 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
             panels.append(predicted_classes(logits, image.shape[-2:])[0].cpu())
     titles = ["target image", *["label"] * bool(data["val"]), *(STAGES[s].title for s in stages)]
     show(*panels, titles=titles, ncols=len(titles), width=7 / len(titles), names=names)
-    class_legend(range(len(names)), _literal(names))
+    class_legend(range(len(names)), names)
     return save_figure(run, "examples")
 
 # %% ../nbs/08e_report.ipynb #015359eb
@@ -229,7 +226,7 @@ def figure_of_views(run: Run, teacher: MomentumNetwork, prior: ClassPrior, views
         panels += [*images, fused[t].cpu(), confidence[t], labels[t].cpu()]
     titles = "teacher's view", "student's view", "fused", "confidence", "pseudo labels"
     show(*panels, titles=titles, ncols=5, width=1.4, vmax=1, names=names)
-    class_legend(range(len(names)), _literal(names))
+    class_legend(range(len(names)), names)
     _show_trackers(run, "sac/views", step)
     return save_figure(run, f"views_{step:07d}")
 
@@ -278,7 +275,8 @@ pre { font-size: .8rem; overflow-x: auto }
 {{ verdict | safe }}
 <p>{{ lead }}</p>
 {% for row in warnings %}
-<p class="warning"><b>Warning.</b> Step {{ row.step }} of the joint stage: {{ row.text }}.</p>
+<p class="warning"><b>Warning.</b> {% if row.stage == "sac" %}Step {{ row.step }} of the joint stage: {% endif -%}
+{{ row.text }}.</p>
 {% endfor %}
 <div class="frame scores">{{ table | safe }}</div>
 {{ parts | safe }}
@@ -408,7 +406,8 @@ def redraw_report(folder: Path,  # of a run, such as runs/toy
 @dataclass(frozen=True)
 class _Arguments:
     "Write the report of a run once more, from its folder."
-    folder: tyro.conf.Positional[Path]  # of a run, such as runs/toy
+    # of a run, such as runs/toy
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
 def main(argv: list[str] | None = None) -> None:
     "The command line: `python -m sac_lit.report FOLDER`; exit status 2 where that is no run."

@@ -112,7 +112,7 @@ def _warn(run: Run, name: str, dataset: SegmentationDataset | None) -> None:
     said = {row["text"] for row in run.rows(event="warning", stage="data")}
     for remark in data_remarks(dataset):
         text = f"{name}: {remark.text}"
-        if remark.defect and name != "val" and getattr(run.cfg.data, "check", True):
+        if remark.defect and name != "val" and run.cfg.data.check:
             raise UserError(f"{text}; nothing could be learnt from it; "
                             "`python -m sac_lit.datasets audit` says more")
         if text in said: continue
@@ -161,9 +161,7 @@ def _source_data(d: DataConfig) -> SegmentationDataset:
     if frames == "released": frames = released_gta5_frames()
     return open_dataset(d.source, d.source_root, d.source_labels or True, "train",
                         d.classes, d.ignore, d.source_size, frames,
-                        label_suffix=_label_suffix(d))
-
-def _label_suffix(d: DataConfig) -> str: return getattr(d, "label_suffix", "")
+                        label_suffix=d.label_suffix)
 
 def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
     "The target's training images; with labels for the oracle only."
@@ -173,7 +171,7 @@ def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
                         "such as that of Cityscapes; leave the stage out")
     return open_dataset(d.target, d.target_root, labels, "train",
                         d.classes, d.ignore, d.target_size, d.target_frames,
-                        label_suffix=_label_suffix(d))
+                        label_suffix=d.label_suffix)
 
 def val_data(d: DataConfig) -> SegmentationDataset | None:
     "Labelled images of the target: below --data.val-root, or the target's own split val."
@@ -181,7 +179,7 @@ def val_data(d: DataConfig) -> SegmentationDataset | None:
     if not d.val_root and "{split}" not in layout.images: return None
     if layout.apart: _required(d.val_labels, "val-labels")
     return open_dataset(d.target, d.val_root or d.target_root, d.val_labels or True, "val",
-                        d.classes, d.ignore, label_suffix=_label_suffix(d))
+                        d.classes, d.ignore, label_suffix=d.label_suffix)
 
 # %% ../nbs/08f_run_data.ipynb #5ccb9506
 def labelled_data(cfg: Config, val: SegmentationDataset | None) -> SegmentationDataset:
@@ -200,7 +198,7 @@ def _open_target(d: DataConfig, labels, split: str = "train", **which) -> Segmen
     "Images of the target, some or all, with labels or without."
     return open_dataset(
         d.target, d.target_root, labels, split, d.classes, d.ignore, d.target_size,
-        label_suffix=_label_suffix(d), **which)
+        label_suffix=d.label_suffix, **which)
 
 def _drawn_frames(cfg: Config, count: int, known: dict) -> list[str]:
     "Target images that have labels and are not evaluated on, drawn by the run's seed."

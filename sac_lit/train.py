@@ -202,7 +202,8 @@ def _oracle_data(run: Run) -> SegmentationDataset:
     d = run.cfg.data
     if not find_layout(d.target).apart: return target_data(d, labels=True)
     return open_dataset(d.target, d.target_root, d.target_label_maps, "train",
-                        d.classes, d.ignore, d.target_size, d.target_frames)
+                        d.classes, d.ignore, d.target_size, d.target_frames,
+                        label_suffix=d.label_suffix)
 
 def _to_adapt(run: Run, network: nn.Module, target: SegmentationDataset):
     "The target's images, unless there is no batch norm that could adapt to them."

@@ -35,7 +35,8 @@ SHORT = {
     "F": "torch.nn.functional", "nn": "torch.nn", "np": "numpy", "plt": "matplotlib.pyplot",
     "TF": "torchvision.transforms.v2.functional", "sns": "seaborn", "dist": "torch.distributed"}
 FILE = re.compile(  # endings of files, which are no attributes
-    r"\.(csv|html|ini|ipynb|jpg|json|jsonl|md|mp4|onnx|png|pt2?|pth|py|safetensors|toml|txt|yml|zip)$")
+    r"\.(csv|html|ini|ipynb|jpg|json|jsonl|md|mp4|onnx|png|pt2?|pth|py|safetensors|toml|txt|yml"
+    r"|zip)$")
 PLAIN_WORDS = {  # words of the field, of formats and of programs, that no code here names
     "accelerate", "berlin", "colab", "cuda", "DeepLabMobile", "diff", "dilated", "features",
     "fp16", "git", "gtFine_trainvaltest", "http", "https", "instanceIds", "ipynb", "jupyter",
