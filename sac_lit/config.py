@@ -410,7 +410,8 @@ PRESETS = {  # description and configuration of every preset, by name
 # %% ../nbs/08b_config.ipynb #15850326
 MAY_CHANGE = {  # settings that do not decide the results, and may change when a run goes on
     "runs", "fresh", "checkpoints", "log_every", "eval_every", "checkpoint_every", "when_full",
-    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout", "data.check",
+    "gradient_checkpointing", "tracker", "stages", "threads", "data.workers", "data.timeout",
+    "data.check",
     "data.cache"}
 
 def _flat(values: dict, prefix: str = ""):

@@ -274,9 +274,9 @@ pre { font-size: .8rem; overflow-x: auto }
 <h1>{{ title }}</h1>
 {{ verdict | safe }}
 <p>{{ lead }}</p>
-{% for row in warnings %}
-<p class="warning"><b>Warning.</b> {% if row.stage == "sac" %}Step {{ row.step }} of the joint stage: {% endif -%}
-{{ row.text }}.</p>
+{% for row in warnings -%}
+{% set when = "Step %s of the joint stage: " % row.step if row.stage == "sac" else "" %}
+<p class="warning"><b>Warning.</b> {{ when }}{{ row.text }}.</p>
 {% endfor %}
 <div class="frame scores">{{ table | safe }}</div>
 {{ parts | safe }}

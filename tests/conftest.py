@@ -9,7 +9,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports torch or matplotlib, and inherited by every process that a test starts.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores (pytest.ini)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores (pytest.ini)
 os.environ["MPLBACKEND"] = "agg"               # no window
 os.environ["HF_HUB_OFFLINE"] = "1"             # no test needs a network
 os.environ["IN_TEST"] = "1"                    # no progress bars
@@ -18,7 +18,7 @@ QUICK = {  # files of the quick part
     "test_core", "test_fusion", "test_loss_and_sampling", "test_pages", "test_step",
     "test_thresholds", "test_views"}
 NOT_QUICK = "slow", "trains"
-LONG = [  # files that take longest begin first, so that both workers end together
+LONG = [  # files that take longest begin first, so that all workers end together
     "test_resume", "test_notebooks", "test_train", "test_step", "test_experiments", "test_site",
     "test_package", "test_presets", "test_switches", "test_processes", "test_speed",
     "test_encoders", "test_few_labels", "test_export"]

@@ -345,10 +345,8 @@ def test_bad_input_is_one_sentence(files, args):
 
 @pytest.mark.trains
 def test_an_option_without_a_name(files):
-    "The command line's own message, with no trace of Python's."
     done = train(files, "--arch", ARCH, "--encoder")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Missing value for argument '--encoder'" in done.stderr + done.stdout
+    assert done.returncode == 2 and done.stderr == "error: --encoder: give a word, or None\n"
 
 
 def _without_timm(args):

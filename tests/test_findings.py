@@ -189,9 +189,10 @@ def test_processes_find_what_threads_find(streets, monkeypatch):
 
 # ---------------------------------------------------------------- at the start of a training
 
-def run_of(**settings):
+def run_of(check=True):
     "What `_warn` needs of a run."
-    run = SimpleNamespace(cfg=SimpleNamespace(data=SimpleNamespace(**settings)), said=[], kept=[])
+    cfg = SimpleNamespace(data=SimpleNamespace(check=check))
+    run = SimpleNamespace(cfg=cfg, said=[], kept=[])
     run.say, run.log, run.rows = run.said.append, run.kept.append, lambda **match: run.kept
     return run
 

@@ -25,6 +25,12 @@ for name in "{BLOCKED}".split(): sys.modules[name] = None
 for name in sys.argv[1:]: importlib.import_module(f"sac_lit.{{name}}")
 print(sys.modules["sac_lit"].__file__)
 """
+HELP = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try: importlib.import_module(f"sac_lit.{name}").main(["--help"])
+    except SystemExit as end: assert not end.code
+"""
 
 
 def words(key):
@@ -109,11 +115,12 @@ def test_a_command_starts_without_what_only_figures_need(installed, tmp_path):
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_installed_commands_explain_themselves(installed, module, tmp_path):
-    done = python("-m", f"sac_lit.{module}", "--help", cwd=tmp_path, env=installed[1])
-    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stdout + done.stderr
-    assert not done.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("how", [("-m", "sac_lit.train", "--help"), ("-c", HELP, *COMMANDS)])
+def test_installed_commands_explain_themselves(installed, how, tmp_path):
+    done = python(*how, cwd=tmp_path, env=installed[1])
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert done.stdout.lower().count("usage: ") >= len(how[2:]), done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("module", MODULES)

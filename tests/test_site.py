@@ -21,7 +21,7 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
         "track", "wbr"}
 
 
-PAGES = {module_of(path): re.sub(r"^\d+[a-z]?_", "", path.stem) for path in NUMBERED}
+PAGES = {module_of(path): re.sub(r"^\d+[a-z]?\d?_", "", path.stem) for path in NUMBERED}
 
 
 class Page(HTMLParser):
@@ -120,9 +120,9 @@ def test_pages_read_well(pages):
 
 
 # The site is committed, so that every clone and every change of a page pays for its size. It held
-# 20 MB with 34 pages: 7 of pages, 6 of figures, 3 of scripts and styles, 3 of sources. What makes
-# it larger than 24 is a choice, such as a video or a second copy of the figures.
-SITE = 24e6
+# 20 MB with 34 pages and holds 25 with 45: 10 of pages, 8 of figures, 3 of scripts and styles, 4 of
+# sources. What makes it larger than 28 is a choice, such as a video or a second copy of the figures.
+SITE = 28e6
 
 
 def test_site_is_small():

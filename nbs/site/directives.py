@@ -28,7 +28,7 @@ def notebooks() -> list[Path]:
 
 def page(path: Path) -> str:
     "The name of a notebook's page: its own without the number, as nbdev has it."
-    return re.sub(r"^\d+[a-z]?_", "", path.stem)
+    return re.sub(r"^\d+[a-z]?\d?_", "", path.stem)
 
 
 def module_of(path: Path) -> str:
