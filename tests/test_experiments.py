@@ -36,6 +36,7 @@ def refused(argv, capsys):
     return error
 
 
+@pytest.mark.slow
 def test_shells_side_by_side_and_one_that_collects(small, capsys):
     "A seed each; then all of them, where nothing is left to train."
     for seed in "01": experiments.main(["ablation", "--seeds", seed])

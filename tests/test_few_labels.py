@@ -348,7 +348,8 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("way", ["plain", "micro", "two", "four"])
+@pytest.mark.parametrize("way", [
+    "plain", "micro", "two", pytest.param("four", marks=pytest.mark.slow)])
 def test_every_way_of_training_gives_the_same(pretrained, way):
     "Two processes have a labelled image each; four, who cannot share two, have both each."
     args, processes = WAYS[way]

@@ -107,6 +107,7 @@ def test_a_target_batch_too_small_to_be_shared_is_everybodys(one):
     assert close(a, b, rtol=1e-2)     # variances are counted twice, n / (n - 1) with another n
 
 
+@pytest.mark.slow
 def test_bf16_on_two_processes(one):
     done = train(one, *SGD, "--mixed-precision", "bf16", "--name", "bf16", processes=2)
     assert done.returncode == 0, done.stderr

@@ -120,8 +120,8 @@ def test_pages_read_well(pages):
 
 
 # The site is committed, so that every clone and every change of a page pays for its size. It held
-# 20 MB with 34 pages and holds 25 with 45: 10 of pages, 8 of figures, 3 of scripts and styles, 4 of
-# sources. What makes it larger than 28 is a choice, such as a video or a second copy of the figures.
+# 20 MB with 34 pages and holds 25 with 45: 10 of pages, 8 of figures, 3 of scripts and styles, 4
+# of sources. What makes it larger than 28 is a choice, such as a video or all figures once more.
 SITE = 28e6
 
 

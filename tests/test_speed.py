@@ -212,6 +212,7 @@ def test_three_steps_of_either_kind_are_the_same(hp):
         assert (p - q).abs().max() < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["deeplabv2_resnet101", "deeplabv2_vgg16"])
 def test_the_step_of_a_large_network_is_the_same(arch):
     everything = SelfSupervision(zeta=0.)            # no threshold, which rounding might tip over
@@ -249,6 +250,7 @@ def test_counts(B, C, n, seed):
 
 # ---------------------------------------------------------------- the command line, and time
 
+@pytest.mark.slow
 def test_bench_from_the_command_line(tmp_path):
     options = "--arch deeplabv2_tiny --crop 32 64 --repeats 1 --no-data --against".split()
     options += ["precision bf16", "--out", str(tmp_path / "found.json")]

@@ -158,6 +158,7 @@ def trained(size, steps=80):
     return freeze_bn(model)
 
 
+@pytest.mark.slow
 def test_bf16_networks_give_the_same_pseudo_labels_and_loss():
     "On a network that has learned something, 99 % of the pseudo labels and the loss to 1 %."
     size = (64, 128)
