@@ -113,8 +113,8 @@ def _warn(run: Run, name: str, dataset: SegmentationDataset | None) -> None:
     for remark in data_remarks(dataset):
         text = f"{name}: {remark.text}"
         if remark.defect and name != "val" and run.cfg.data.check:
-            raise UserError(f"{text}; nothing could be learnt from it; "
-                            "`python -m sac_lit.datasets audit` says more")
+            raise UserError(f"{text}; nothing could be learnt from it; `python -m sac_lit.datasets "
+                            "audit` says more, and --data.no-check trains nevertheless")
         if text in said: continue
         run.log(dict(event="warning", stage="data", step=0, text=text))
         run.say(f"warning: {text}")
