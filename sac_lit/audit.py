@@ -29,6 +29,7 @@ from sac_lit.core import (
     IGNORE_INDEX,
     lookup,
     NAMES,
+    printable,
     progress,
     UserError,
     written_aside,
@@ -44,7 +45,6 @@ from sac_lit.datasets import (
 )
 from sac_lit.findings import (
     by_kind,
-    class_remarks,
     Finding,
     findings_page,
     Group,
@@ -52,11 +52,13 @@ from sac_lit.findings import (
     is_blended,
     left_out,
     Remark,
+    remarks_on_classes,
     shown_twice,
     size_remarks,
     small_grey,
 )
 from .image_files import FileError, open_image, spans
+from .machine import usable_cores
 
 # %% ../nbs/01a_audit.ipynb #1b50f6c8
 def look_at(dataset: SegmentationDataset, i: int) -> Finding:
@@ -124,10 +126,6 @@ class _Looks(torch.utils.data.Dataset):
     def __len__(self) -> int: return len(self.dataset)
     def __getitem__(self, i: int) -> Finding: return look_at(self.dataset, i)
 
-def _cores() -> int:
-    "Processors that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 # %% ../nbs/01a_audit.ipynb #be27ca40
 class Report(NamedTuple):
     "What an audit has to say."
@@ -142,7 +140,7 @@ def audit(dataset: SegmentationDataset,
           against: list[Path] = (),    # images that must not be among these
          ) -> Report:
     "Read every file of a data set."
-    workers = workers or _cores()
+    workers = workers or usable_cores()
     found = [*progress(_look_at_all(dataset, workers), len(dataset))]
     defects = {i: f.defect for i, f in enumerate(found) if f.defect}
     others = SegmentationDataset(list(against), None, {})
@@ -206,11 +204,8 @@ def _remarks(dataset: SegmentationDataset, found: list[Finding],
     "What classes and sizes suffer from."
     remarks = size_remarks(Counter(f.size for f in found if f.size))
     if not dataset.labels: return remarks
-    pixels = np.array([counts[dataset.table == i].sum() for i in range(dataset.num_classes)])
-    ignored = np.flatnonzero((dataset.table == IGNORE_INDEX) & (counts > 0)).tolist()
-    return remarks + class_remarks(
-        dataset.names, pixels, images[:dataset.num_classes], {v: counts[v] for v in ignored},
-        sum(f.values is not None for f in found), dataset.names != NAMES)
+    seen = sum(f.values is not None for f in found)
+    return remarks + remarks_on_classes(dataset, counts, images[:dataset.num_classes], seen)
 
 # %% ../nbs/01a_audit.ipynb #719bd745
 def _doubts(dataset: SegmentationDataset, counts: np.ndarray) -> list[str]:
@@ -304,7 +299,7 @@ def _run(args) -> int:  # exit status
     if args.html: _write_page(args.html, data, report)
     notes = ["", _number("note", len(report.notes)), *report.notes] if report.notes else []
     text = [*lines, *notes, "", _number("defect", len(defects)), *defects]
-    print("\n".join(text).encode(errors="backslashreplace").decode())
+    print(printable("\n".join(text)))
     return 1 if defects else 0
 
 def _write_list(args, report: Report) -> None:

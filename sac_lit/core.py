@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'ASIDE', 'SemanticClass', 'subset', 'colorize', 'colors_of',
            'use_style', 'literal', 'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars',
-           'seed_of', 'generator', 'UserError', 'lookup', 'in_a_line', 'fingerprint', 'flush', 'remove',
+           'seed_of', 'generator', 'UserError', 'lookup', 'printable', 'in_a_line', 'fingerprint', 'flush', 'remove',
            'written_aside', 'regular_file', 'read_text', 'read_json', 'result_file', 'Stopped', 'clean_exit',
            'optional', 'ahead', 'watched', 'progress']
 
@@ -289,6 +289,10 @@ def lookup(table: dict,  # entries by name
     except (Exception, SystemExit) as e:  # it may raise anything, in many lines, or exit
         raise UserError(f"{option} {name}: cannot be imported ({in_a_line(e, None)}); give "
                         "module:name of something that Python can import from here") from e
+
+def printable(text: str) -> str:
+    "The same text; bytes of file names that are not UTF-8 are spelled out."
+    return text.encode(errors="backslashreplace").decode()
 
 def in_a_line(error: BaseException,
               most: int | None = 200,  # characters of its words

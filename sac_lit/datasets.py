@@ -21,6 +21,7 @@ from sac_lit.image_files import (
     FileError,
     LABEL_SUFFIXES,
     LOSSY_SUFFIXES,
+    MOST_PIXELS,
     open_image,
     read_class_table,
     read_lines,
@@ -136,9 +137,9 @@ def _up_to(largest: int, value) -> bool:
     return isinstance(value, (int, np.integer)) and 0 <= value <= largest
 
 # %% ../nbs/01_datasets.ipynb #a71a27bb
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, most: int = MOST_PIXELS) -> Image.Image:
     "An image in 8-bit colours, upright as its camera noted. Raises `FileError`."
-    return to_rgb(open_image(path), path)
+    return to_rgb(open_image(path, most=most), path)
 
 def to_rgb(picture: Image.Image, path: Path) -> Image.Image:
     "A decoded image in 8-bit colours, upright. A fourth band is left out. Raises `FileError`."

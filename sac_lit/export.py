@@ -33,7 +33,7 @@ from sac_lit.core import (
 from .datasets import open_rgb, SUFFIXES
 from .deeplabv2 import ASPP, SegmentationModel, upsample
 from .fast import ASPPByTaps, FoldedConv2d, speed_up
-from .predict import NetworkOptions, score_strips
+from .predict import NetworkOptions, predict_with_confidence
 from .views import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../nbs/10a_export.ipynb #adb3177a
@@ -179,7 +179,7 @@ def export(model: SegmentationModel,
     photos = photographs() if photos is None else photos
     graph = ImageToLabels(plain_layers(model)).eval()
     original = copy.deepcopy(model).cpu().eval()
-    expected = [_labelled(original, photo) for photo in photos]
+    expected = [predict_with_confidence(original, photo) for photo in photos]
     with written_aside(path) as tmp:
         found = _written(graph, path.suffix, tmp, photos, expected)
         if not (found.pixels >= .999 and found.confidence < .01):
@@ -193,11 +193,6 @@ def _check_place(path: Path) -> None:
     ours = path.is_file() and b"sac_lit" in path.read_bytes()
     if (path.exists() or path.is_symlink()) and not ours:
         raise UserError(f"{path}: is there, and no export of sac_lit; give another name")
-
-def _labelled(model: SegmentationModel, photo: torch.Tensor):  # uint8, float32: (H, W) each
-    "What `predict` says, and how sure it is."
-    scores = torch.cat([*score_strips(model, photo)], 1)       # (C, H, W)
-    return scores.argmax(0).to(torch.uint8), scores.softmax(0).amax(0)
 
 # %% ../nbs/10a_export.ipynb #51eb2194
 def photographs() -> list[torch.Tensor]:  # uint8 (3, H, W) each

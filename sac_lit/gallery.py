@@ -7,6 +7,7 @@ __all__ = ['Glance', 'choose', 'write_gallery', 'gallery_html']
 
 # %% ../nbs/08h_gallery.ipynb #e13b8c56
 import base64
+import html
 import io
 import json
 from pathlib import Path
@@ -14,12 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment
+from jinja2 import Environment, TemplateError
 from matplotlib import colormaps
 from PIL import Image
 
 from .config import class_names, STAGES
-from .core import colorize, colors_of, IGNORE_INDEX, written_aside
+from sac_lit.core import (
+    colorize,
+    colors_of,
+    IGNORE_INDEX,
+    in_a_line,
+    read_json,
+    UserError,
+    written_aside,
+)
 from .deeplabv2 import network_input, predicted_classes, SegmentationModel, upsample
 from .moving_threshold import pseudo_labels
 from .runs import load_stage, Run
@@ -379,9 +388,15 @@ for (const gallery of document.querySelectorAll(".gallery:not(.live)")) {
 # %% ../nbs/08h_gallery.ipynb #c985a929
 def gallery_html(run: Run) -> str:
     "The gallery of a run's folder as a part of a page; empty where there is none."
-    folder = run.folder / "gallery"
-    if not (folder / "index.json").exists(): return ""
-    index = json.loads((folder / "index.json").read_text())
+    path = run.folder / "gallery" / "index.json"
+    if not path.exists(): return ""
+    try: return _filled(path.parent, read_json(path))
+    except (UserError, TemplateError, LookupError, TypeError, ValueError, AttributeError) as e:
+        why = html.escape(f"{path}: damaged, and left out ({in_a_line(e)})")
+        return f'<p class="warning"><b>Warning.</b> {why}.</p>'
+
+def _filled(folder: Path, index: dict) -> str:
+    "The template, filled with the files of a folder. May raise anything where they are damaged."
     groups = {}
     for k, image in enumerate(index["images"]):
         image["files"] = {name: _base64(folder / f"{k:02}_{name}.webp") for name in index["layers"]}

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .core import IGNORE_INDEX, in_a_line, NAMES, read_text, regular_file, UserError
+from sac_lit.core import (
+    IGNORE_INDEX,
+    in_a_line,
+    NAMES,
+    printable,
+    read_text,
+    regular_file,
+    UserError,
+)
 
 # %% ../nbs/00c_image_files.ipynb #e3a3af1a
 class FileError(UserError):
@@ -29,7 +37,7 @@ class FileError(UserError):
         if text.startswith("Caught FileError in "):
             last_line = text.strip().rpartition("\n")[2]
             text = last_line.partition("FileError: ")[2]
-        super().__init__(text.encode(errors="backslashreplace").decode())
+        super().__init__(printable(text))
         self.kind = kind
 
 # %% ../nbs/00c_image_files.ipynb #584519d3
@@ -41,25 +49,26 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # bo
 
 def open_image(path: Path,
                low_byte=False,  # of 16-bit colours keep this, not the high one
+               most: int = MOST_PIXELS,  # pixels that it may have
               ) -> Image.Image:
-    "A decoded image file of at most `MOST_PIXELS`. `FileError` where it cannot be had."
+    "A decoded image file. Raises `FileError` where it is none, damaged or too large."
     try:
         with Image.open(regular_file(path, _MOST_BYTES), formats=_FORMATS) as picture:
-            _check_pixels(path, picture.size)
+            _check_pixels(path, picture.size, most)
             if low_byte: _keep_low_bytes(picture)
             picture.load()
             return picture
     except FileError: raise
     except UserError as e: raise FileError(f"{e}; replace it, or take it away") from None
-    except Image.DecompressionBombError: raise _too_large(path) from None
+    except Image.DecompressionBombError: raise _too_large(path, most) from None
     except Exception as e:  # a damaged file makes decoders raise anything
         raise FileError(f"{path}: {_complaint(e)}") from None
 
-def _check_pixels(path, size) -> None:
-    if math.prod(size) > MOST_PIXELS: raise _too_large(path, " x ".join(map(str, size)))
+def _check_pixels(path, size, most: int = MOST_PIXELS) -> None:
+    if math.prod(size) > most: raise _too_large(path, most, " x ".join(map(str, size)))
 
-def _too_large(path, size="too many") -> FileError:
-    return FileError(f"{path}: {size} pixels, where at most {MOST_PIXELS} are read; "
+def _too_large(path, most: int, size="too many") -> FileError:
+    return FileError(f"{path}: {size} pixels, where at most {most} are read; "
                      "cut it into tiles", "images too large to decode")
 
 def _keep_low_bytes(picture: Image.Image) -> None:

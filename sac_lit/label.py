@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'VIDEO_SUFFIXES', 'id_values', 'overlay', 'write_result', 'l
 # %% ../nbs/10b_label.ipynb #d8932f9e
 import csv
 import os
-import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -28,11 +27,10 @@ from sac_lit.core import (
     colorize,
     colors_of,
     fingerprint,
-    in_a_line,
     lookup,
     NAMES,
+    printable,
     progress,
-    regular_file,
     UserError,
 )
 from .datasets import FileError, open_dataset, open_rgb, SegmentationDataset, SUFFIXES
@@ -134,24 +132,8 @@ def _todo(outputs: Outputs, jobs: dict, how: dict) -> dict[Path, tuple[str, dict
 
 # %% ../nbs/10b_label.ipynb #7d557a68
 def _read_image(path: Path) -> torch.Tensor | UserError:  # uint8 (3, H, W), or what is wrong
-    try:
-        _check_pixels(regular_file(path))
-        return torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
-    except UserError as error: return error
-    except Exception as e:  # a decoder may raise anything where a file is damaged
-        return FileError(f"{path}: cannot be read as an image ({in_a_line(e)}); replace it")
-
-def _check_pixels(path: Path) -> None:
-    "Raises `FileError` where an image has too many pixels; nothing is decoded for it."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture: many = picture.width * picture.height > MOST_PIXELS
-    except Image.DecompressionBombError: many = True
-    except Exception: return  # who reads it will say what is wrong
-    if many:
-        raise FileError(f"{path}: more than {MOST_PIXELS} pixels; make it smaller, or cut it "
-                        "into parts")
+    try: return torch.from_numpy(np.array(open_rgb(path, MOST_PIXELS))).permute(2, 0, 1)
+    except FileError as error: return error
 
 # %% ../nbs/10b_label.ipynb #3385ff27
 def write_table(outputs: Outputs, names=NAMES) -> Path:
@@ -285,7 +267,7 @@ class Label(PredictOptions):
             outputs.done.clear()
             try: task()
             except UserError as e: troubles.append(str(e))
-            if outputs.done: print(_printable(f"{self.out}: {what}: {summary(outputs.done)}"))
+            if outputs.done: print(printable(f"{self.out}: {what}: {summary(outputs.done)}"))
         write_table(outputs, model.names)
         if troubles: raise UserError("; ".join(troubles))
 
@@ -316,10 +298,6 @@ def _check_all(outputs: Outputs, images: dict, videos: dict) -> None:
     files = [pair for pair in made if pair not in folders]
     check_ours(outputs, [*files, *frames, (outputs.folder / "summary.csv", None)])
     for kind in KINDS: check_folder(outputs, outputs.folder / kind)
-
-def _printable(text: str) -> str:
-    "Text without the bytes of file names that are no text."
-    return text.encode(errors="backslashreplace").decode()
 
 # %% ../nbs/10b_label.ipynb #71e5ca90
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from sac_lit.core import (
     ConfusionMatrix,
     evaluate,
     generator,
-    IGNORE_INDEX,
     NAMES,
     Stopped,
     UserError,
@@ -43,7 +42,7 @@ from sac_lit.datasets import (
 from .deeplabv2 import network_input, SegmentationModel
 from .ema_training import Views
 from .fast import fast_predicted_classes
-from .findings import class_remarks, is_blended, left_out, Remark
+from .findings import is_blended, left_out, Remark, remarks_on_classes
 from .image_files import FileError, open_image
 from .loop import postpone_sigterm
 from .report import means_of
@@ -87,11 +86,8 @@ def data_remarks(dataset: SegmentationDataset, most: int = _MAPS) -> list[Remark
     if blended > len(places) / 2:
         remarks.append(Remark(f"{where}: {blended} have edges that are means of the numbers "
                               "beside them, as if they were resized like photographs"))
-    known = np.array([pixels[dataset.table == k].sum() for k in range(classes)])
-    if not known.any(): return [*remarks, Remark(f"{where}: no pixel has a class", True)]
-    ignored = np.flatnonzero((dataset.table == IGNORE_INDEX) & (pixels > 0)).tolist()
-    found = class_remarks(dataset.names, known, images, {v: pixels[v] for v in ignored},
-                          len(places), dataset.names != NAMES, where)
+    if not images.any(): return [*remarks, Remark(f"{where}: no pixel has a class", True)]
+    found = remarks_on_classes(dataset, pixels, images, len(places), where)
     complete = len(places) == len(dataset)
     mild = [r for r in found if r.defect or complete and dataset.names != NAMES]
     return remarks + [Remark(r.text) for r in mild]
@@ -128,12 +124,14 @@ def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     if d.toy and run.accelerator.is_main_process: _write_toy_city(d)
     run.accelerator.wait_for_everyone()
     data, val = {"source": _source_data(d), "target": target_data(d)}, val_data(d)
-    if d.target_label_maps and not d.target_labels:
+    oracle = "oracle" in run.cfg.stages
+    if d.target_label_maps and not (d.target_labels or oracle):
         raise UserError("--data.target-label-maps: of which images? Give --data.target-labels, too")
     if d.target_labels:
         data["labelled"] = labelled_data(run.cfg, val)
         if run.accelerator.is_main_process: _note_frames(run, data["labelled"])
     for name, dataset in {**data, "val": val}.items(): _warn(run, name, dataset)
+    if oracle: target_data(d, labels=True)  # that stage opens them again: are they all there?
     if d.cache: data = {k: cached(x, d.cache, d.workers) for k, x in data.items()}
     return {**data, "val": val}
 
@@ -167,11 +165,15 @@ def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
     "The target's training images; with labels for the oracle only."
     _required(d.target_root, "target-root")
     if labels and find_layout(d.target).apart:
-        raise UserError("--stages oracle: needs a target in a layout that has its labels, "
-                        "such as that of Cityscapes; leave the stage out")
-    return open_dataset(d.target, d.target_root, labels, "train",
-                        d.classes, d.ignore, d.target_size, d.target_frames,
-                        label_suffix=d.label_suffix)
+        _required(d.target_label_maps, "target-label-maps")
+        labels = d.target_label_maps
+    return _open_target(d, labels, frames=d.target_frames)
+
+def _open_target(d: DataConfig, labels, split: str = "train", **which) -> SegmentationDataset:
+    "Images of the target, some or all, with labels or without."
+    return open_dataset(
+        d.target, d.target_root, labels, split, d.classes, d.ignore, d.target_size,
+        label_suffix=d.label_suffix, **which)
 
 def val_data(d: DataConfig) -> SegmentationDataset | None:
     "Labelled images of the target: below --data.val-root, or the target's own split val."
@@ -193,12 +195,6 @@ def labelled_data(cfg: Config, val: SegmentationDataset | None) -> SegmentationD
         frames = d.target_labels
         _check_apart(_open_target(d, False, "*", frames=frames), known, frames)
     return _open_target(d, d.target_label_maps or True, frames=frames)
-
-def _open_target(d: DataConfig, labels, split: str = "train", **which) -> SegmentationDataset:
-    "Images of the target, some or all, with labels or without."
-    return open_dataset(
-        d.target, d.target_root, labels, split, d.classes, d.ignore, d.target_size,
-        label_suffix=d.label_suffix, **which)
 
 def _drawn_frames(cfg: Config, count: int, known: dict) -> list[str]:
     "Target images that have labels and are not evaluated on, drawn by the run's seed."

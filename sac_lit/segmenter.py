@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from PIL import Image
 
 from .core import in_a_line, regular_file, UserError
 from .datasets import open_rgb
-from .deeplabv2 import network_input, SegmentationModel, upsample
-from .fast import fast_argmax, row_strips, speed_up
+from .deeplabv2 import network_input, SegmentationModel
+from .fast import speed_up
 from .label import overlay
-from .predict import load_network
+from .predict import best_classes, load_network, logit_strips
 
 # %% ../nbs/10c_segmenter.ipynb #b3dcce43
 def as_image(image) -> torch.Tensor:  # uint8 (3, H, W)
@@ -78,24 +77,15 @@ class Segmentation:
     @property
     def scores(self) -> torch.Tensor:  # float32 (C, H, W)
         "The softmax of all classes, made when it is asked for."
-        return torch.cat([s.softmax(0) for s in _strips(self.logits, self.labels.shape)], 1)
+        return torch.cat([s.softmax(0) for s in logit_strips(self.logits, self.labels.shape)], 1)
 
     def overlay(self) -> Image.Image:
         "The image, tinted with the colours of its classes."
         return Image.fromarray(overlay(self.image, self.labels, self.names))
 
-def _strips(logits: torch.Tensor,  # (C, h, w)
-            size,                  # (H, W)
-           ) -> Iterator[torch.Tensor]:  # (C, rows, W) each
-    "The logits at full resolution, a strip of rows at a time, as in `score_strips`."
-    (H, W), h = size, logits.shape[-2]
-    wide = upsample(logits[None], (h, W))[0]                               # (C, h, W)
-    return (s.matrix @ wide[:, s.source] for s in row_strips(h, H, wide, 32))
-
 def _segmentation(image: torch.Tensor, logits: torch.Tensor, names) -> Segmentation:
     "The result for an image, from its logits."
-    strips = [(fast_argmax(s), s.softmax(0).amax(0)) for s in _strips(logits, image.shape[-2:])]
-    labels, confidence = (torch.cat(maps).cpu() for maps in zip(*strips))
+    labels, confidence = best_classes(logit_strips(logits, image.shape[-2:]))
     return Segmentation(image, labels, confidence, names, logits.cpu())
 
 # %% ../nbs/10c_segmenter.ipynb #c405c313

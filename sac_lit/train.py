@@ -51,7 +51,7 @@ from sac_lit.core import (
     UserError,
     written_aside,
 )
-from .datasets import find_layout, open_dataset, SegmentationDataset
+from .datasets import SegmentationDataset
 from .deeplabv2 import build_model, param_groups, SegmentationModel, upsample
 from .ema_training import Labelled, MomentumNetwork, sac_step
 from .encoders import has_batch_norm
@@ -185,7 +185,7 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std)
     if stage == "abn": target = _to_adapt(run, network, data["target"])
     if stage == "oracle":
-        labelled = _oracle_data(run)
+        labelled = target_data(d, labels=True)
         recipe = Recipe(c.crop, c.scale, c.jitter)
 
     def evaluate_it(step):
@@ -196,14 +196,6 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     seconds = run_stage(run, stage, c.steps, steps, state, evaluate_it)
     settle_inference_size(run, stage, network)  # where the evaluation was done before
     return network, seconds
-
-def _oracle_data(run: Run) -> SegmentationDataset:
-    "The target's training images with their labels, in its own layout or in folders apart."
-    d = run.cfg.data
-    if not find_layout(d.target).apart: return target_data(d, labels=True)
-    return open_dataset(d.target, d.target_root, d.target_label_maps, "train",
-                        d.classes, d.ignore, d.target_size, d.target_frames,
-                        label_suffix=d.label_suffix)
 
 def _to_adapt(run: Run, network: nn.Module, target: SegmentationDataset):
     "The target's images, unless there is no batch norm that could adapt to them."
@@ -485,23 +477,13 @@ def train(cfg: Config) -> Run:
         run = open_run(cfg, accelerator)
         run.say(f"{cfg.name}: {_what_it_takes(run)}")
         check_shares(run)
-        data = _open_all(run)
+        data = open_data(run)
         use_style()
         with run.stop, all_at_work(accelerator):
             for stage in cfg.stages: _train_stage(run, stage, data)
         if accelerator.is_main_process: _say_results(run, data)
     accelerator.end_training()
     return run
-
-def _open_all(run: Run) -> dict:
-    "The data of a run. Label maps that only the oracle sees are looked for, and opened there."
-    cfg = run.cfg
-    if "oracle" not in cfg.stages: return open_data(run)
-    if not cfg.data.target_labels:
-        cfg = replace(cfg, data=replace(cfg.data, target_label_maps=None))
-    data = open_data(replace(run, cfg=cfg))
-    _oracle_data(run)
-    return data
 
 def _with_camvid(cfg: Config) -> Config:
     "With the folders of CamVid, where a run asks for it."

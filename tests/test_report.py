@@ -347,7 +347,8 @@ GARBAGE = [
 
 def test_garbage_in_any_file_of_a_run_stops_no_report(run, capsys):
     "Whatever stands in a file beside the configuration, a report is written."
-    names = "seconds.json", "verdict.json", "model/config.json", "momentum/config.json"
+    names = ("seconds.json", "verdict.json", "model/config.json", "momentum/config.json",
+             "gallery/index.json")
     paths = [run.folder / name for name in names]
     for path in paths: path.parent.mkdir(exist_ok=True)
     for text in GARBAGE:
