@@ -29,7 +29,15 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2 import functional as TF
 
-from .core import in_a_line, lookup, NAMES, UserError
+from sac_lit.core import (
+    IGNORE_INDEX,
+    in_a_line,
+    lookup,
+    NAMES,
+    read_json,
+    regular_file,
+    UserError,
+)
 from .views import normalize
 
 # %% ../nbs/02_deeplabv2.ipynb #61f928ae
@@ -274,23 +282,31 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
 
 # %% ../nbs/02_deeplabv2.ipynb #69a8deff
 def _class_names(names, num_classes: int) -> tuple[str, ...]:
-    "The names given, or the usual ones."
+    "The names given, or the usual ones. Raises `UserError` where these are no names of classes."
+    if not 1 <= num_classes <= IGNORE_INDEX:
+        raise UserError(f"{num_classes} classes, where 1 to {IGNORE_INDEX} are expected")
     usual = NAMES if num_classes == len(NAMES) else [f"class {k}" for k in range(num_classes)]
     names = tuple(usual if names is None else names)
     if len(names) != num_classes:
         raise UserError(f"{len(names)} class names for {num_classes} classes; "
                         "give one name for each class")
+    odd = [name for name in names if not isinstance(name, str)]
+    if odd: raise UserError(f"class names: {odd[0]!r:.40} is no text")
     return names
 
 # %% ../nbs/02_deeplabv2.ipynb #8ad6ce0c
 #| code-fold: true
 _ADVICE = "give a folder that save_pretrained wrote, such as runs/toy/model"
-_LOADING_ERRORS = (HFValidationError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+_LOADING_ERRORS = (AttributeError, HFValidationError, LookupError, OSError, RuntimeError,
+                   SafetensorError, TypeError, ValueError)
 
 def _model_place(folder: str | Path) -> str:
     "What to say where `folder` cannot be loaded. Raises `UserError` where it cannot be a model."
     place, no_model = Path(folder), "holds no model, config.json and model.safetensors"
-    if (place / "config.json").is_file(): return no_model
+    if (place / "config.json").is_file():
+        try: read_json(place / "config.json"), regular_file(place / "model.safetensors")
+        except UserError as e: raise UserError(f"{folder}: {no_model} ({e}); {_ADVICE}") from None
+        return no_model
     if place.is_dir(): raise UserError(f"{folder}: {no_model}; {_ADVICE}")
     if place.exists(): raise UserError(f"{folder}: not a folder; {_ADVICE}")
     a_name = isinstance(folder, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder)

@@ -30,7 +30,8 @@ def _open_snapshot(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise UserError(f"{path}: {_why_not_opened(e)}") from e
     state = saved.get("model") if isinstance(saved, dict) else None
-    whole = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    whole = isinstance(state, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     if not whole:
         raise UserError(f"{path}: no snapshot, which is a dictionary "
                         "with named tensors as its 'model'")

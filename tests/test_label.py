@@ -670,6 +670,8 @@ ODD_IMAGES = [os.mkfifo, loop, wall, larger_wall, lambda path: Path(path).touch(
               lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("none", path)]
 
 
+@pytest.mark.filterwarnings(  # silenced where the library bounds images; pytest turns it on again
+    "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("k", range(len(ODD_IMAGES)))
 def test_one_odd_image_does_not_stop_the_others(model, capsys, k):
     write("in/b.png", picture())

@@ -1,6 +1,7 @@
 "The networks: layout, sizes, a class of one's own, first weights, folders, parameter groups."
 import copy
 import json
+import os
 import sys
 
 import pytest
@@ -461,6 +462,29 @@ def test_models_saved_without_names_still_load(tmp_path):
         assert SegmentationModel.from_pretrained(tmp_path).names == model.names == names
     with pytest.raises(UserError, match="2 class names for 19"):
         build_model("deeplabv2_tiny", 19, names=("land", "sea"))
+
+
+@pytest.mark.parametrize("config", [
+    "null", "[]", "3", '"x"', "[" * 10_000, "{}", '{"arch": null, "num_classes": 5}',
+    '{"arch": ["deeplabv2_tiny"], "num_classes": 5}',
+    *('{"arch": "deeplabv2_tiny", "num_classes": 5, %s}' % text for text in (
+        '"num_classes": 1e9', '"num_classes": 1000000000', '"num_classes": -1',
+        '"num_classes": "5"', '"num_classes": null', '"names": 3', '"names": [1, 2, 3, 4, 5]',
+        '"names": {"a": 1}', '"inference_size": {}', '"inference_size": "ab"',
+        '"inference_size": [0, 0]', '"about": 3'))])
+def test_a_config_of_anything_is_answered_in_one_sentence(config, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(config)
+    with pytest.raises(UserError) as error: SegmentationModel.from_pretrained(tmp_path / "model")
+    assert str(tmp_path / "model") in str(error.value) and len(str(error.value)) < 600
+
+
+def test_weights_that_are_no_file_are_not_opened(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="a pipe, where a file is expected"):
+        SegmentationModel.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_whole_model_is_refused(tmp_path, capfd):

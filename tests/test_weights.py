@@ -93,6 +93,7 @@ def test_a_snapshot_of_other_classes_says_how_many(tmp_path):
     (lambda s: s | {"opt": json.JSONEncoder()}, "json.encoder.JSONEncoder.*could run code"),
     (lambda s: s["model"], "no snapshot, which"),
     (lambda s: s | {"model": [1]}, "no snapshot, which"),
+    (lambda s: s | {"model": {5: torch.zeros(1)}}, "no snapshot, which"),
     (lambda s: torch.zeros(1), "no snapshot, which"),
     (lambda s: {"model": {"layer1.weight": torch.zeros(1)}},
      "lacks .* and [0-9]+ more; it has besides layer1.weight")])
