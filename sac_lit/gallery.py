@@ -409,8 +409,8 @@ def _filled(folder: Path, index: dict) -> str:
     return _STYLE + page + _SCRIPT
 
 def _base64(path: Path) -> str:
-    "A file as text; empty where it is missing."
-    return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+    "A file as text; empty where it is missing, or no file."
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
 
 # %% ../nbs/08h_gallery.ipynb #a5289e49
 #| code-fold: true
