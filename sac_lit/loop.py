@@ -8,6 +8,7 @@ __all__ = ['epoch_order', 'names_of', 'postpone_sigterm', 'batches', 'nonfinite_
 
 # %% ../nbs/08d_loop.ipynb #bf4abdbc
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -68,9 +69,15 @@ def batches(run: Run,
             step += 1
     except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: cut off in a word
         if isinstance(e, RuntimeError) and "DataLoader" not in str(e): raise
+        _end_workers()
         if run.stop.number: raise Stopped(f"while it waited for step {step + 1}") from e
         files = ", ".join(str(dataset.images[pick(step, slot)]) for slot in slots)
         raise _worker_error(run, e, (step - start) % workers, step, files) from e
+
+def _end_workers() -> None:
+    "End the data workers that are left at once; one that hangs would outlast a SIGTERM."
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the loader raises for each that ends
+    for worker in multiprocessing.active_children(): worker.kill()
 
 def _worker_error(run: Run, error: Exception, worker: int, step: int, files: str) -> UserError:
     "The end of a run by a data worker."
