@@ -1,6 +1,9 @@
 """The command line of the studies, in a small size; what they say is in the notebook."""
 import importlib.util
 import json
+import runpy
+import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -106,6 +109,18 @@ def test_a_study_of_ones_own(small, capsys):
     experiments.main(["my_study:STUDY", "--seeds", "0", "--out", "mine.json"])
     assert len(json.loads(Path("mine.json").read_text())["rows"]) == 2
     assert "my_study:NUMBER: is no Study" in refused(["my_study:NUMBER"], capsys)
+
+
+def test_a_study_of_ones_own_by_the_command(small, monkeypatch, capsys):
+    "With `python -m`, `Study` is one class here and another in the module that is imported."
+    Path("their_study.py").write_text(
+        "from sac_lit.experiments import Study\n"
+        "STUDY = Study({'SAC': ''}, seeds=())\n")
+    monkeypatch.setattr(sys, "argv", ["sac_lit.experiments", "their_study:STUDY"])
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+        runpy.run_module("sac_lit.experiments", run_name="__main__")
+    assert "--seeds: give at least one" in capsys.readouterr().err  # taken, but without seeds
 
 
 def test_a_study_gives_what_a_run_of_its_own_gives(small):

@@ -273,6 +273,19 @@ def test_the_released_pool_takes_the_entropy_before_the_weight_is_divided_out():
         assert seen.all()
 
 
+def test_without_fusion_each_view_keeps_its_own_prediction():
+    rng = torch.Generator().manual_seed(0)
+    probs = torch.rand(2, 3, 5, 8, 16, generator=rng).softmax(2)
+    boxes = torch.tensor([[0, 0, 8, 16], [1, 2, 4, 8], [2, 4, 6, 12]]).unbind(1)
+    theta = crop_theta(*boxes, (8, 16), torch.tensor([False, True, False]))
+    theta = theta.expand(2, -1, -1, -1)
+    fused, seen = fuse(probs, theta, pool="none")
+    assert torch.equal(fused, probs) and seen.all()
+    valid = torch.rand(2, 3, 8, 16, generator=rng) > .5
+    fused, seen = fuse(probs, theta, valid, pool="none")
+    assert torch.equal(seen, valid) and torch.equal(fused, probs * valid[:, :, None])
+
+
 POOLS_OF_ONES_OWN = """
 import torch
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sac_lit import toy_city
 from sac_lit.core import CLASSES, IGNORE_INDEX, UserError
-from sac_lit.toy_city import main, render, write_dataset
+from sac_lit.toy_city import Knobs, main, render, write_dataset
 
 SIZE = (32, 64)
 SMALL = dict(counts={"train": 2, "val": 1}, size=SIZE)
@@ -112,15 +112,15 @@ def test_cityscapes_layout(tmp_path):
 
 def test_every_process_draws_the_same():
     code = (
-        "import hashlib; from sac_lit.toy_city import render; "
-        "x, y = render('target', 'val', 7, (48, 96), seed=5, gap=.5); "
+        "import hashlib; from sac_lit.toy_city import Knobs, render; "
+        "x, y = render('target', 'val', 7, (48, 96), seed=5, knobs=Knobs(gap=.5)); "
         "print(hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest())"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
     for i in (3, 9): render("target", "val", i, (48, 96))  # whatever was drawn before
-    image, label = render("target", "val", 7, (48, 96), seed=5, gap=.5)
+    image, label = render("target", "val", 7, (48, 96), seed=5, knobs=Knobs(gap=.5))
     assert other == hashlib.sha256(image.numpy().tobytes() + label.numpy().tobytes()).hexdigest()
 
 
@@ -135,12 +135,52 @@ def test_any_size(size):
     assert set(label.unique().tolist()) <= {*range(len(CLASSES)), IGNORE_INDEX}
 
 
+KNOBS = [{"gap": 0.}, {"gap": 2.}, {"lens": 1.}, {"rare": 1.}, {"melt": .5}, {"alike": 1.}]
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=str)
+def test_a_knob_turns_the_target_alone(knob):
+    knobs, size = Knobs(**knob), (48, 96)
+    usual = render("source", "train", 6, size)
+    turned = render("source", "train", 6, size, knobs=knobs)
+    assert all(torch.equal(a, b) for a, b in zip(usual, turned))
+    usual = [render("target", "train", i, size) for i in range(6)]
+    turned = [render("target", "train", i, size, knobs=knobs) for i in range(6)]
+    assert any((a != b).any() for (a, _), (b, _) in zip(usual, turned))
+    streets = any((a != b).any() for (_, a), (_, b) in zip(usual, turned))
+    assert streets == bool({*knob} & {"lens", "rare"})
+
+
+def test_what_is_rare_gathers_in_few_pictures_of_training_alone():
+    size, big = (48, 96), [14, 15, 16]  # trucks, buses and trams
+    def pictures(split, rare):
+        knobs = Knobs(rare=rare)
+        labels = (render("target", split, i, size, knobs=knobs)[1] for i in range(48))
+        return [int(sum((label == c).any() for c in big)) for label in labels]
+    assert pictures("val", 0) == pictures("val", 1)
+    usual, gathered = pictures("train", 0), pictures("train", 1)
+    some = [n for n in gathered if n]
+    assert len(some) < 48 / 6 < sum(n > 0 for n in usual)   # one in sixteen, by the dice
+    assert sum(some) / len(some) > 1.5
+
+
+def test_small_things_melt_into_what_is_around_them():
+    def contrast(k):
+        image, label = render("target", "val", 6, knobs=Knobs(gap=0, melt=k))
+        small = torch.isin(label, torch.tensor([5, 6, 7, 11, 12, 17, 18]))
+        assert small.any()
+        return (image.float() - usual.mean((1, 2), keepdim=True))[:, small].abs().mean()
+    usual = render("target", "val", 6, knobs=Knobs(gap=0))[0].float()
+    assert contrast(1) < contrast(.5) < contrast(0)
+
+
 def test_second_call_does_nothing_and_another_request_is_refused(tmp_path):
     root = write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     write_dataset(root, "gta5", "source", **SMALL)
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    for change in (dict(seed=1), dict(gap=.5), dict(size=(32, 32)), dict(counts={"train": 1})):
+    for change in (dict(seed=1), dict(knobs=Knobs(gap=.5)),
+                   dict(size=(32, 32)), dict(counts={"train": 1})):
         with pytest.raises(UserError, match="another root or delete"):
             write_dataset(root, "gta5", "source", **{**SMALL, **change})
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
@@ -231,7 +271,8 @@ def test_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("extra", [
-    ["--size", "4", "8"], ["--train", "-1"], ["--gap", "7"], ["--root", "/dev/null/toy"],
+    ["--size", "4", "8"], ["--train", "-1"], ["--gap", "7"], ["--melt", "2"], ["--lens", "-1"],
+    ["--root", "/dev/null/toy"],
     ["--layout", "kitti"], ["--train", "many"]])
 def test_command_line_errors(tmp_path, capsys, extra):
     with pytest.raises(SystemExit) as stop:
