@@ -69,6 +69,7 @@ from sac_lit.workload import (
 )
 
 # %% ../nbs/12_performance.ipynb #aa9324eb
+#| code-fold: true
 def step_table(found: dict) -> pd.DataFrame:
     "The joint step by phase, and what it needs: a column for each setting."
     columns = {}

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import typing
+from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -30,6 +31,7 @@ from .deeplabv2 import ARCHS
 from .ema_training import SelfSupervision
 from .focal_loss import CONFIDENCES
 from .ranges import check_ranges, from_plain, option_of, RANGES
+from .toy_city import Knobs
 from sac_lit.views import (
     Augmentation,
     IMAGENET_MEAN,
@@ -72,6 +74,7 @@ class DataConfig:
     toy_val: int = 100  # target images of the toy city for validation
     toy_size: tuple[int, int] = (128, 256)  # height and width of the toy city's images
     toy_seed: int = 0  # seed of the toy city
+    knobs: Knobs = Knobs()  # difficulties of the toy city's target
 
 # %% ../nbs/08b_config.ipynb #54c1f823
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ class Choice(NamedTuple):
 
 def _is_pool(pool, cfg: Config) -> bool:
     "Whether a function pools views: tried on as many views and classes as a run has."
+    if pool is None: return True  # each view for itself
     B, T, C = 2, cfg.sac.num_crops + 1, len(class_names(cfg))
     h, w = (min(side, 128) for side in cfg.sac.crop)  # at most a corner
     canvas, seen = pool(torch.full((B, T, C, h, w), 1 / C), torch.ones(B, T, 1, h, w))
@@ -228,7 +232,8 @@ CHOICES = {  # the tables from which settings choose, by the setting's dotted na
         NOISE, "an Augmentation as module:NAME, which takes images (N, 3, h, w) and amounts "
         "(N, K) to images of that shape", _is_noise),
     "sac.loss.pool": Choice(
-        POOLS, "module:function, which takes (B, T, C, H, W) and weights (B, T, 1, H, W) to "
+        ChainMap(POOLS, {"none": None}),
+        "module:function, which takes (B, T, C, H, W) and weights (B, T, 1, H, W) to "
         "(B, C, H, W) and (B, 1, H, W)", _is_pool),
     "sac.loss.confidence": Choice(
         CONFIDENCES, "module:function, which takes (B, H, W), and a function that averages over "

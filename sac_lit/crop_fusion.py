@@ -102,10 +102,11 @@ POOLS = {  # the ways of pooling, by name
 def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, (B, T, C, H, W)
          theta: torch.Tensor,  # of `crop_theta`, (B, T, 2, 3)
          valid: torch.Tensor | None = None,  # bool (B, T, H, W), false where a view is padding
-         pool: str = "mean",   # a key of `POOLS`, or `module:function` of your own
+         pool: str = "mean",   # a key of `POOLS`, `module:function` of your own, or "none"
         ) -> tuple[torch.Tensor, torch.Tensor]:  # fused (B, T, C, H, W), seen (B, T, H, W)
     """Multi-scale fusion (section 3.3): pool all views on the canvas, and back to each view.
 
+    With pool "none", each view keeps its own prediction: what one would do without fusion.
     Raises `ValueError` for shapes that disagree, `UserError` for a pool that is none."""
     _check_views(probs, theta, valid)
     B, T, C, H, W = probs.shape
@@ -113,6 +114,7 @@ def fuse(probs: torch.Tensor,  # softmax of the momentum network for each view, 
     if valid is not None:
         weight = valid[:, :, None].to(probs)
         probs = probs * weight                          # padding says nothing
+    if pool == "none": return probs, weight[:, :, 0] > 0
     views = torch.cat([probs, weight], 2)               # (B, T, C + 1, H, W)
     inverse = invert_theta(theta).flatten(0, 1)         # (B·T, 2, 3)
     on_canvas = warp(views.flatten(0, 1), inverse, (H, W))

@@ -70,7 +70,7 @@ class SelfSupervision:
     floor: float = 0.  # least threshold; the released models use 0.2 (ResNet-101) and 0.1 (VGG)
     lam: float = 3.  # focal exponent (eq. 6)
     target_weight: float = 5.  # weight of the target loss beside the source loss
-    pool: str = "mean"  # how views are fused: a key of POOLS, or module:function
+    pool: str = "mean"  # how views are fused: a key of POOLS, module:function, or none
     confidence: str = "pixel"  # weight in the loss: a key of CONFIDENCES, or module:function
 
 # %% ../nbs/08_ema_training.ipynb #4d6ba226

@@ -31,6 +31,7 @@ from sac_lit.config import (
 from .core import clean_exit, lookup, UserError, written_aside
 from .few_labels import CURVE
 from .runs import Run
+from .toy_city import FULL, Knobs
 from .train import train
 
 # %% ../nbs/11_experiments.ipynb #887eb263
@@ -60,6 +61,23 @@ def _around(option: str, usual: str, values) -> dict[str, str]:
     "Settings that differ in one number; the usual one is SAC itself."
     return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
+_USUAL = {"SAC": ""}
+_PARTS = {  # knob of the city: what one would do without the part that it is meant for
+    "gap": {"no photometric noise": "--sac.noise"},
+    "lens": {"each view its own teacher": "--sac.loss.pool none",
+             "no crops": "--sac.num-crops 0 --sac.groups 8"},
+    "rare": {"no importance sampling": "--sac.uniform 1"},
+    "melt": {"static threshold": "--sac.loss.beta 1e-6"},
+    "alike": {"no focal weight": "--sac.loss.lam 0",
+              "no confidence in the loss": "--sac.loss.confidence none"}}
+
+def _knob(name: str, k: float) -> Study:
+    "SAC with and without a part, in a city with one knob turned."
+    title = f"{name}_{k:g}"
+    data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
+                   target_root=f"{SHORT_TOY.data.target_root}_{title}")
+    return Study(_USUAL | _PARTS[name], replace(SHORT_TOY, name=title, data=data))
+
 STUDIES = {  # by name
     "ablation": Study({
         "SAC": "",
@@ -82,6 +100,9 @@ STUDIES = {  # by name
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
+for name, most in FULL.items():
+    for k in (most / 2, most) if name != "gap" else (0, most):  # half of the gap is the usual
+        STUDIES[f"{name}_{k:g}"] = _knob(name, k)
 
 # %% ../nbs/11_experiments.ipynb #4f730e1f
 def variant(first: Config,      # `Study.start`: pretraining, with its name and seed
@@ -167,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or Path(SHORT_TOY.runs) / f"{args.study}.json"
     with clean_exit():
         study = lookup(STUDIES, args.study, "study")
-        if not isinstance(study, Study): raise UserError(f"study {args.study}: is no Study")
+        if not all(hasattr(study, x) for x in Study._fields):  # with -m, our class is another
+            raise UserError(f"study {args.study}: is no Study")
         seeds = study.seeds if args.seeds is None else args.seeds
         if not seeds or len({*seeds}) < len(seeds):
             raise UserError("--seeds: give at least one, and each once")

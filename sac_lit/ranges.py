@@ -20,6 +20,7 @@ from operator import attrgetter
 from typing import Callable, Iterable, Literal, NamedTuple
 
 from .core import UserError
+from .toy_city import FULL
 
 # %% ../nbs/08b1_ranges.ipynb #fdf92967
 class Range(NamedTuple):
@@ -142,7 +143,11 @@ _RUN = {
     "checkpoints": _COUNT,
     "threads": Range(1, whole=True, none=True)}
 
-_PARTS = {"": _RUN, "data.": _DATA, "abn.": _ABN, "sac.": _SAC, "sac.loss.": _LOSS}
+_KNOBS = {name: Range(0, most, why="0: none") for name, most in FULL.items()}
+
+_PARTS = {
+    "": _RUN, "data.": _DATA, "data.knobs.": _KNOBS,
+    "abn.": _ABN, "sac.": _SAC, "sac.loss.": _LOSS}
 RANGES = {  # what each setting takes, by its dotted name
     part + name: allowed for part, table in _PARTS.items() for name, allowed in table.items()}
 

@@ -140,7 +140,8 @@ def _write_toy_city(d: DataConfig) -> None:
     parts = {"train": d.toy_train}
     write_dataset(d.source_root, d.source, "source", parts, d.toy_size, d.toy_seed)
     parts = {"train": d.toy_train, "val": d.toy_val}
-    write_dataset(d.target_root, d.target, "target", parts, d.toy_size, d.toy_seed)
+    write_dataset(
+        d.target_root, d.target, "target", parts, d.toy_size, d.toy_seed, d.knobs)
 
 # %% ../nbs/08f_run_data.ipynb #7107e8e8
 #| code-fold: true

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'WALL', 'FENCE', 'POLE', 'LIGHT', 'SIGN', 'VEGETATION', 'TERRAIN', 'SKY', 'PERSON',
            'RIDER', 'CAR', 'TRUCK', 'BUS', 'TRAM', 'MOTORCYCLE', 'BICYCLE', 'TOWNS', 'STEP', 'EFFECTS', 'DOMAINS',
-           'RECORD', 'Camera', 'Stage', 'colours_of', 'building', 'wall', 'fence', 'tree', 'hedge', 'lamp',
+           'FULL', 'RECORD', 'Camera', 'Stage', 'colours_of', 'building', 'wall', 'fence', 'tree', 'hedge', 'lamp',
            'traffic_light', 'traffic_sign', 'car', 'bus', 'truck', 'tram', 'person', 'two_wheeler', 'Town', 'Street',
            'backdrop', 'roadway', 'plot', 'line_street', 'traffic', 'pavements', 'as_picture', 'as_floats',
            'draw_scene', 'noise_tile', 'noise', 'add_texture', 'haze', 'exposure', 'contrast', 'tint', 'fade',
-           'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain', 'render', 'write_png16', 'ids_on_disk',
-           'write_dataset', 'main']
+           'vignette', 'blur', 'sensor', 'jpeg', 'photograph', 'Domain', 'Knobs', 'turned', 'look_alikes', 'melt',
+           'render', 'write_png16', 'ids_on_disk', 'write_dataset', 'main']
 
 # %% ../nbs/00a_toy_city.ipynb #26e755e8
 import argparse
@@ -20,6 +20,7 @@ import random
 import struct
 import tempfile
 import zlib
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import cos, hypot, pi, sin
 from pathlib import Path
@@ -998,8 +999,53 @@ def _camera_amounts(domain, degree, gap, dice):
     clean = {name: _CLEAN.get(name, 0) for name in EFFECTS}
     return {name: clean[name] + gap * degree * (k - clean[name]) for name, k in drawn.items()}
 
+# %% ../nbs/00a_toy_city.ipynb #94a28c07
+@dataclass(frozen=True)
+class Knobs:
+    "Difficulties of the target; all but `gap` are from 0 (none) to 1."
+    gap: float = 1.    # strength of the camera's effects, from 0 (the source's camera) to 2
+    lens: float = 0.   # a wider lens: what is far becomes small
+    rare: float = 0.   # in training, what is rare gathers in few pictures
+    melt: float = 0.   # small things take on the colours around them
+    alike: float = 0.  # some classes take on the colours of others
+
+FULL = {"gap": 2, "lens": 1, "rare": 1, "melt": 1, "alike": 1}  # each knob at its end
+_WIDE = .38, .52  # focal length of the widest lens, of the picture's width
+_RARE = "tram", "bus", "truck", "rider", "bicycle", "motorcycle"  # shares of a `Town`
+
+def turned(town: Town, split: str, knobs: Knobs, dice: random.Random) -> Town:
+    "The town of one picture, as the knobs for lens and rare things say."
+    focal = tuple(a + knobs.lens * (b - a) for a, b in zip(town.focal, _WIDE))
+    town = town._replace(focal=focal)
+    gathering = dice.random() < 1 / 16
+    if not knobs.rare or split != "train": return town
+    shares = {name: getattr(town, name) for name in _RARE}
+    return town._replace(**{
+        name: s + knobs.rare * (gathering - s) for name, s in shares.items()})
+
+# %% ../nbs/00a_toy_city.ipynb #81514f30
+_ALIKE = {"walk": "road", "kerb": "road", "wall": "facade", "tram": "bus", "truck": "bus"}
+_SMALL = POLE, LIGHT, SIGN, PERSON, RIDER, MOTORCYCLE, BICYCLE
+
+def look_alikes(colours: dict, k: float) -> dict:
+    "Colours of a town where some materials are like others: at 1, eight tenths of the way."
+    if not k: return colours
+    changed = {}
+    for one, other in _ALIKE.items():
+        end = np.mean(colours[other], 0)
+        changed[one] = [tuple(int(x) for x in c + .8 * k * (end - c)) for c in colours[one]]
+    return colours | changed
+
+def melt(image: np.ndarray, label: np.ndarray, k: float) -> np.ndarray:
+    "Small things in the colours around them: at 1, seven tenths of the way; (H, W, 3), (H, W)."
+    if not k: return image
+    reach = ImageFilter.GaussianBlur(image.shape[1] / 16)
+    around = as_floats(as_picture(image).filter(reach))
+    share = .7 * k * np.isin(label, _SMALL)[..., None]  # (H, W, 1)
+    return image + np.float32(share) * (around - image)
+
 # %% ../nbs/00a_toy_city.ipynb #b775aba8
-def _check_scene(domain, size, gap):
+def _check_scene(domain, size, knobs):
     "Raise `UserError` for what cannot be drawn."
     if domain not in DOMAINS:
         raise UserError(f"domain {domain!r} is unknown; choose one of {', '.join(DOMAINS)}")
@@ -1007,17 +1053,22 @@ def _check_scene(domain, size, gap):
         raise UserError(
             f"size {tuple(size)} is too small; give a height and a width of at least 16"
         )
-    if not 0 <= gap <= 2: raise UserError(f"gap {gap} is out of range; give a number from 0 to 2")
+    for name, most in FULL.items():
+        if not 0 <= (value := getattr(knobs, name)) <= most:
+            raise UserError(f"{name} {value} is out of range; give a number from 0 to {most}")
 
-def _render_parts(domain, split, index, size=(128, 256), seed=0, gap=1.):
+def _render_parts(domain, split, index, size=(128, 256), seed=0, knobs=Knobs()):
     "Arrays: picture uint8 (H, W, 3); label uint8, depth float32 and thing int, (H, W) each."
     key = seed_of(seed, "toy city", domain, split, index)
     dice, rng, spec = random.Random(key), np.random.default_rng(key), DOMAINS[domain]
+    if domain == "source": knobs = Knobs()  # they are the target's
+    town = turned(spec.town, split, knobs, random.Random(seed_of(key, "knobs")))
     degree = dice.uniform(*spec.foreign)
-    amounts = _camera_amounts(domain, degree, gap, dice)
-    stage = draw_scene(spec.town, colours_of(degree), dice, size)
+    amounts = _camera_amounts(domain, degree, knobs.gap, dice)
+    stage = draw_scene(town, look_alikes(colours_of(degree), knobs.alike), dice, size)
     label, depth, thing = stage.maps(STEP)
     image = add_texture(as_floats(stage.picture.reduce(STEP)), label, rng, spec.grain, spec.clouds)
+    image = melt(image, label, knobs.melt)
     return np.array(as_picture(photograph(image, depth, amounts, rng))), label, depth, thing
 
 def render(domain: str,        # "source" or "target"
@@ -1025,11 +1076,11 @@ def render(domain: str,        # "source" or "target"
            index: int,         # number of the street
            size=(128, 256),    # height and width in pixels
            seed: int = 0,
-           gap: float = 1.,    # scales the target camera's effects, 0 (clean) to 2
+           knobs=Knobs(),      # difficulties of the target
           ) -> tuple[torch.Tensor, torch.Tensor]:  # image uint8 (3, H, W), train ids uint8 (H, W)
     "One street scene with its label map, a pure function of the arguments."
-    _check_scene(domain, size, gap)
-    image, label, _, _ = _render_parts(domain, split, index, size, seed, gap)
+    _check_scene(domain, size, knobs)
+    image, label, _, _ = _render_parts(domain, split, index, size, seed, knobs)
     return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(label)
 
 # %% ../nbs/00a_toy_city.ipynb #0555d41f
@@ -1113,14 +1164,15 @@ def write_dataset(root,                    # folder to make
                   counts={"train": 400},   # scenes of each split
                   size=(128, 256),         # height and width
                   seed: int = 0,
-                  gap: float = 1.,         # as in `render`
+                  knobs=Knobs(),           # as in `render`
                   progress=None,           # wraps the list of scenes, for example core's `progress`
                  ) -> Path:  # root
     "Write a toy city in the layout of a real data set; nothing where the same is already there."
     root = Path(root)
     settings = {"layout": layout, "domain": domain, "counts": dict(counts), "size": list(size),
-                "seed": seed, "gap": gap, "version": _VERSION}
-    _check_scene(domain, size, gap)
+                "seed": seed, "gap": knobs.gap, "version": _VERSION}
+    settings |= {name: k for name, k in asdict(knobs).items() if k}
+    _check_scene(domain, size, knobs)
     if layout not in _WRITERS:
         raise UserError(f"layout {layout!r} is unknown; choose one of {', '.join(_WRITERS)}")
     if min(counts.values(), default=-1) < 0 or not all(split.isidentifier() for split in counts):
@@ -1134,7 +1186,7 @@ def write_dataset(root,                    # folder to make
             (data := Path(aside)/"data").mkdir()
             scenes = [(split, index) for split, n in counts.items() for index in range(n)]
             for number, (split, index) in enumerate(progress(scenes) if progress else scenes):
-                image, label, _, thing = _render_parts(domain, split, index, size, seed, gap)
+                image, label, _, thing = _render_parts(domain, split, index, size, seed, knobs)
                 _WRITERS[layout](data, number, split, index, image, label, thing)
             (data/RECORD).write_text(record)
             try: data.replace(root)
@@ -1159,12 +1211,15 @@ def main(argv=None):
     parser.add_argument("--val", type=int, default=100, help="scenes to validate on")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 256), metavar=("H", "W"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gap", type=float, default=1., help="strength of the target camera")
+    for name, most in FULL.items():
+        parser.add_argument(f"--{name}", type=float, default=getattr(Knobs, name),
+                            help=f"a knob of the target, from 0 to {most}")
     a = parser.parse_args(argv)
     domain = a.domain or ("target" if a.layout == "cityscapes" else "source")
     counts = {"train": a.train, "val": a.val}
     with clean_exit():
-        write_dataset(a.root, a.layout, domain, counts, a.size, a.seed, a.gap, progress)
+        knobs = Knobs(**{name: getattr(a, name) for name in FULL})
+        write_dataset(a.root, a.layout, domain, counts, a.size, a.seed, knobs, progress)
     print(f"{a.root}: {a.train + a.val} scenes of the {domain} domain, layout {a.layout}")
 
 # %% ../nbs/00a_toy_city.ipynb #e912df13
