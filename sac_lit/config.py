@@ -183,7 +183,6 @@ class Choice(NamedTuple):
 
 def _is_pool(pool, cfg: Config) -> bool:
     "Whether a function pools views: tried on as many views and classes as a run has."
-    if pool is None: return True  # each view for itself
     B, T, C = 2, cfg.sac.num_crops + 1, len(class_names(cfg))
     h, w = (min(side, 128) for side in cfg.sac.crop)  # at most a corner
     canvas, seen = pool(torch.full((B, T, C, h, w), 1 / C), torch.ones(B, T, 1, h, w))
