@@ -15,7 +15,7 @@ from sac_lit.datasets import open_dataset, read_image
 from sac_lit.deeplabv2 import build_model, load_imagenet, SegmentationModel
 from sac_lit.export import export
 from sac_lit.image_files import FileError
-from sac_lit.predict import check_image, predict
+from sac_lit.predict import check_image, main, predict
 from sac_lit.ranges import RANGES
 from sac_lit.segmenter import Segmenter
 from sac_lit.views import color_jitter, draw_jitter, normalize, to_grey
@@ -166,7 +166,8 @@ def test_a_saved_network_knows_its_bands(bands, tmp_path):
     model = build_model("deeplabv2_tiny", 3, bands=bands).eval()
     model.save_pretrained(tmp_path / "m")
     save_snapshot(tmp_path / "m.pth", model)
-    assert json.loads((tmp_path / "m/config.json").read_text())["bands"] == bands.count
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert ("bands" in config) == (bands != USUAL) and config.get("bands", 3) == bands.count
     image = torch.from_numpy(numbers(bands.count, 20, 30))
     for again in (SegmentationModel.from_pretrained(tmp_path / "m"),
                   load_snapshot(tmp_path / "m.pth")):
@@ -306,3 +307,40 @@ def test_a_network_of_four_bands_labels_no_photograph(fields):
     done = command(fields, "label", "runs/four/model", "photo.png", "--out", "photos",
                    module="sac_lit.predict")
     assert done.returncode == 2 and "has 3 bands" in done.stderr
+
+
+# ---------------------------------------------------------------- places on Earth
+
+def geotiff(rasterio, path, values):
+    "An image of any number of bands, (N, H, W), at a place in Brandenburg; its place."
+    place = {"crs": rasterio.crs.CRS.from_epsg(32633),
+             "transform": rasterio.transform.from_origin(390_000, 5_820_000, 10, 10)}
+    count, height, width = values.shape
+    with rasterio.open(path, "w", driver="GTiff", dtype=values.dtype, count=count, height=height,
+                       width=width, compress="lzw", predictor=2, **place) as file:
+        file.write(values)
+    return place
+
+
+def test_a_label_map_lies_where_its_image_lies(tmp_path, monkeypatch):
+    rasterio = pytest.importorskip("rasterio")
+    monkeypatch.chdir(tmp_path)
+    values = numbers(5, 64, 96, most=3000, dtype=np.uint16)
+    place = geotiff(rasterio, "field.tif", values)
+    np.save("other.npy", values)
+    bands = Bands(5, (0., 3000.))
+    assert torch.equal(read_image("field.tif", bands), read_image("other.npy", bands))
+    model = build_model("deeplabv2_tiny", 3, bands=bands)
+    model.save_pretrained("model")
+    main(["label", "model", "field.tif", "--geotiff"])
+    with rasterio.open("labelled/geotiff/field.tif") as file:
+        assert {"crs": file.crs, "transform": file.transform} == place
+        assert (file.read(1) == np.asarray(Image.open("labelled/labels/field.png"))).all()
+
+
+@pytest.mark.trains
+def test_without_rasterio_one_sentence(fields, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(SystemExit):
+        main(["label", str(fields / "runs/four/model"), str(fields / "val/images"), "--geotiff"])
+    assert "pip install 'sac_lit[geo]'" in capsys.readouterr().err
