@@ -124,9 +124,10 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
 
 def test_each_band_is_resized_by_itself(tmp_path):
     Image.fromarray(FOUR, "RGBA").save(tmp_path / "x.png")
-    found = open_dataset("folder", tmp_path, labels=False, size=(15, 22), bands=Bands(4))[0]["image"]
-    alone = [Image.fromarray(FOUR[..., k].copy()).resize((22, 15), Image.BILINEAR) for k in range(4)]
-    assert (found.numpy() == np.stack(alone)).all()
+    data = open_dataset("folder", tmp_path, labels=False, size=(15, 22), bands=Bands(4))
+    bands = [Image.fromarray(FOUR[..., k].copy()) for k in range(4)]
+    alone = [band.resize((22, 15), Image.BILINEAR) for band in bands]
+    assert (data[0]["image"].numpy() == np.stack(alone)).all()
 
 
 # ---------------------------------------------------------------- networks

@@ -1,4 +1,4 @@
-"""Flips and turns of views: exact on the way to the canvas and back, and nothing where not asked."""
+"""Flips and turns of views: exact on the way to the canvas and back; nothing where not asked."""
 from dataclasses import replace
 from types import SimpleNamespace
 
