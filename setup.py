@@ -9,7 +9,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
-extras = "video", "onnx", "timm", "notebooks", "dev"
+extras = "video", "onnx", "timm", "geo", "notebooks", "dev"
 
 setup(
     name=cfg["lib_name"],
