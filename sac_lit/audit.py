@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from .bands import USUAL
 from sac_lit.core import (
     clean_exit,
     colorize,
@@ -38,6 +39,7 @@ from sac_lit.datasets import (
     find_layout,
     Layout,
     LAYOUTS,
+    open_bands,
     open_dataset,
     open_rgb,
     SegmentationDataset,
@@ -366,6 +368,7 @@ def dataset_fingerprint(dataset: SegmentationDataset) -> str:
         stat = path.stat()
         states.append((str(path), stat.st_size, stat.st_mtime_ns))
     text = repr((dataset.size, states)).encode()
+    if dataset.bands != USUAL: text += repr(tuple(dataset.bands)).encode()
     if dataset.classes: text += repr(sorted(dataset.classes.colors.items())).encode()
     return hashlib.sha256(text + dataset.table.tobytes()).hexdigest()[:16]
 
@@ -388,8 +391,8 @@ def _fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
     "Decode a data set into a folder, from where an earlier attempt stopped."
     place.mkdir(parents=True, exist_ok=True)
     count, done = len(dataset), place/"done"
-    size = dataset.size or open_rgb(dataset.images[0]).size[::-1]  # (h, w)
-    arrays = {"image": _mapped(place/"image.npy", (count, 3, *size))}
+    size = dataset.size or open_bands(dataset.images[0], dataset.bands)[0].size[::-1]  # (h, w)
+    arrays = {"image": _mapped(place/"image.npy", (count, dataset.bands.count, *size))}
     if dataset.labels: arrays["label"] = _mapped(place/"label.npy", (count, *size))
     start = int(done.read_text()) if done.exists() else 0
     samples = torch.utils.data.DataLoader(

@@ -64,6 +64,8 @@ class DataConfig:
     classes: str | None = None  # layout folder: file with the class names, one a line
     ignore: tuple[int, ...] = (255,)  # layout folder: values of label maps that mean no class
     label_suffix: str = ""  # layout folder: what label maps have behind an image's name: _mask
+    bands: int = 3  # of each image, in both domains and in validation: 1 for grey, 4 with infrared
+    band_range: tuple[float, float] | None = None  # black and white in images of more than 8 bits
     check: bool = True  # stop where no label of the source has a class; never changes a result
     workers: int = 4  # processes that decode images, for each that trains; never change a result
     cache: str | None = None  # folder for decoded training images; None: decode them each time
@@ -95,6 +97,8 @@ class ABNConfig(OptimConfig):
     crop: tuple[int, int] = (640, 640)  # height and width of the crops
     scale: tuple[float, float] = (.5, 2.)  # range of random scales
     jitter: float = .5  # strength of the colour jitter, with probability 0.5; 0: none
+    vertical_flips: bool = False  # flip crops upside down, half of them
+    turns: bool = False  # turn crops by right angles; they must be square
 
 # %% ../nbs/08b_config.ipynb #fb0b5685
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class SACConfig(OptimConfig):
     crop: tuple[int, int] = (512, 1024)  # of source crops, and of the target's canvas
     source_scale: tuple[float, float] = (.5, 1.)  # range of random scales of the source
     source_jitter: float = 0.  # strength of the source's colour jitter
+    vertical_flips: bool = False  # flip crops of the source and views of the target upside down
+    turns: bool = False  # turn these by right angles; they must be square
     view_scale: tuple[float, float] = (.5, 1.)  # size of a view as a share of the canvas
     joint_scale: tuple[float, float] = (1., 1.1)  # zoom of the whole group
     views_from: Literal["canvas", "image"] = "canvas"  # crops as released, or as in the text
@@ -196,7 +202,8 @@ def _is_confidence(confidence, cfg: Config) -> bool:
 def _is_noise(noise, cfg: Config) -> bool:
     "Whether an object is an `Augmentation`: tried on two small images."
     if not isinstance(noise, Augmentation) or not 0 <= noise.p <= 1: return False
-    images, rngs = torch.full((2, 3, 8, 8), .5), [generator(0, "own noise", i) for i in range(2)]
+    images = torch.full((2, cfg.data.bands, 8, 8), .5)
+    rngs = [generator(0, "own noise", i) for i in range(2)]
     photometric_noise(images, rngs, {"own": noise._replace(p=1.)})
     amounts = torch.stack([noise.draw(rng) for rng in rngs])  # (2, K)
     return noise.apply(images, amounts).shape == images.shape
@@ -281,10 +288,17 @@ def check_config(cfg: Config) -> None:
 
 def _check_together(cfg: Config) -> None:
     "Raises `UserError` where settings do not fit each other, or the run's name is no folder's."
-    sac, name = cfg.sac, cfg.name
+    sac, name, ends = cfg.sac, cfg.name, cfg.data.band_range
+    if ends and ends[0] == ends[1]:
+        raise UserError(f"{option_of('data.band_range', ends)}: give two different numbers, "
+                        "the value that is black and the one that is white")
     if name in ("", ".", "..") or {*name} & {"/", "\\", "\0"}:
         raise UserError(f"--name {name!r}: give the name of a folder; "
                         "the folder above it is given with --runs")
+    for stage, c in {"abn": cfg.abn, "sac": sac}.items():
+        if c.turns and c.crop[0] != c.crop[1]:
+            raise UserError(f"--{stage}.turns: needs square crops; give --{stage}.crop twice the "
+                            "same number, or leave it out")
     if "blur" in sac.noise and math.ceil(3 * sac.blur) >= min(sac.crop):
         raise UserError(f"{option_of('sac.blur', sac.blur)}: reaches beyond the crop, whose "
                         f"shorter side has {min(sac.crop)} pixels; give less than a third of that")

@@ -29,6 +29,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2 import functional as TF
 
+from .bands import adapt_filters, Bands, bands_of, take_bands, USUAL
 from sac_lit.core import (
     IGNORE_INDEX,
     in_a_line,
@@ -234,15 +235,20 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                  encoder: str | None = None,  # of a network that takes one, such as deeplabv2_timm
                  inference_size: tuple[int, int] | None = None,  # as in `set_inference_size`
                  about: dict | None = None,  # as in `describe`
+                 bands: int = 3,  # of images
+                 band_range=None,  # two numbers, as in `set_band_range`
                 ):
         super().__init__()
         self.arch, self.num_classes = arch, num_classes
         self.names = _class_names(names, num_classes)
+        self.bands = bands
+        self.set_band_range(band_range)
         self.backbone = _build_backbone(arch, num_classes, encoder)
         self.encoder = getattr(self.backbone, "encoder_name", None)
         self._hub_mixin_config["encoder"] = self.encoder  # by name, also where it was left out
         self.stride = _output_stride(self.backbone, arch, num_classes)
         self.new = _new_layers(self.backbone, arch)      # layers that ImageNet does not know
+        self.first_filters = _take_bands(self.backbone, arch, num_classes, bands)
         self.set_inference_size(inference_size)
         self.about = {}
         self.describe(**(about or {}))
@@ -254,6 +260,12 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
         "How large images are to be when the network sees them; None: as they are. Saved with it."
         self.inference_size = size and tuple(size)
         self._hub_mixin_config["inference_size"] = self.inference_size
+
+    def set_band_range(self, ends: tuple[float, float] | None) -> None:
+        "Which values are black and white in images of more than 8 bits. Saved with it."
+        self.band_range = ends
+        self.band_range = bands_of(self).range
+        _note_bands(self, self._hub_mixin_config)
 
     def describe(self, **facts) -> None:  # strings, numbers, and dictionaries of them
         "Note what is known of its training, for the model card and exports. Saved with it."
@@ -338,21 +350,33 @@ def _output_stride(net: nn.Module, arch: str, num_classes: int) -> int:
     measured = 2 ** round(math.log2(128 / h))
     return stated or max(1, measured)
 
-def _trial(net: nn.Module, arch: str, num_classes: int) -> torch.Tensor:  # (1, C, h, w)
+def _trial(net: nn.Module, arch: str, num_classes: int,
+           bands: int = 3) -> torch.Tensor:  # (1, C, h, w)
     "Scores of a blank image. Raises `UserError` where they are not as a network's should be."
     device = next((p.device for p in net.parameters()), None)
-    images = torch.zeros(1, 3, 128, 128, device=device)
+    images = torch.zeros(1, bands, 128, 128, device=device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]): logits = net.eval()(images)
     except Exception as e:
-        raise UserError(f"--arch {arch}: fails on images (1, 3, 128, 128) "
+        raise UserError(f"--arch {arch}: fails on images {tuple(images.shape)} "
                         f"({in_a_line(e)})") from e
     net.train()
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if len(found) != 4 or found[:2] != (1, num_classes):
-        raise UserError(f"--arch {arch}: returns {found} for images (1, 3, 128, 128); "
+        raise UserError(f"--arch {arch}: returns {found} for images {tuple(images.shape)}; "
                         f"expected one score for each class and place, (1, {num_classes}, h, w)")
     return logits
+
+def _take_bands(net: nn.Module, arch: str, num_classes: int, bands: int) -> str:
+    "Let a network read this many bands; the name of its first filters. `UserError` if it cannot."
+    first_filters = take_bands(net, bands)
+    if bands != 3: _trial(net, arch, num_classes, bands)
+    return first_filters
+
+def _note_bands(model: SegmentationModel, config: dict) -> None:
+    "Put what a model says of bands into what is saved; the usual is left out, as in old folders."
+    for name in ("bands", "band_range"): config.pop(name, None)
+    if bands_of(model) != USUAL: config |= {"bands": model.bands, "band_range": model.band_range}
 
 def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
     "How the names of new layers begin, if a network says so. `UserError` for what is no name."
@@ -387,6 +411,9 @@ def load_imagenet(model: SegmentationModel,
     net = model.backbone
     first_weights = getattr(net, "first_weights", partial(_from_torchvision, model))
     found = {k: v for k, v in first_weights(weights).items() if not k.endswith(_COUNTER)}
+    first = found.get(model.first_filters)               # of other bands than three
+    if first is not None and first.shape[1] == 3:
+        found[model.first_filters] = adapt_filters(first, model.bands)
     own = {k: v.shape for k, v in net.state_dict().items()
            if not k.startswith(model.new) and not k.endswith(_COUNTER)}
     wrong = mismatch(own, {k: getattr(v, "shape", None) for k, v in found.items()})
@@ -434,9 +461,11 @@ def build_model(arch: str,  # a key of `ARCHS`, or module:Class of your own
                 weights: str | Path | None = None,  # "imagenet": torchvision's; a file
                 names=None,  # of the classes, see `SegmentationModel`
                 encoder: str | None = None,  # of a network that takes one
+                bands: Bands = USUAL,  # of the images
                ) -> SegmentationModel:
     "A network in training mode. Raises `UserError` for an unknown name or unusable weights."
-    model = SegmentationModel(arch, num_classes, names, encoder)
+    model = SegmentationModel(arch, num_classes, names, encoder,
+                              bands=bands.count, band_range=bands.range)
     if weights is not None: load_imagenet(model, weights)
     return model
 
@@ -461,10 +490,10 @@ def param_groups(model: SegmentationModel,
 
 # %% ../nbs/02_deeplabv2.ipynb #467513d8
 def network_input(model: SegmentationModel,
-                  image: torch.Tensor,   # uint8 (3, H, W)
+                  image: torch.Tensor,   # uint8 (N, H, W)
                   scale: float = 1.,     # of its sides, beside the network's inference size
                   statistics=(None, None),  # mean and deviation; by default ImageNet's
-                 ) -> torch.Tensor:      # normalised (1, 3, H', W')
+                 ) -> torch.Tensor:      # normalised (1, N, H', W')
     "An image as a network is to see it, on the network's device."
     H, W = image.shape[-2:]
     if model.inference_size: scale *= math.sqrt(math.prod(model.inference_size) / (H * W))

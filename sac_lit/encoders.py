@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .bands import per_band
 from .core import in_a_line, optional, UserError
 from .deeplabv2 import ASPP, read_weights, upsample
 from .views import IMAGENET_MEAN, IMAGENET_STD
@@ -123,14 +124,15 @@ class DeepLabTimm(nn.Module):
         channels = [info.channels()[i] for i in self.stages]
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.head = ASPP(width, num_classes, rates=(1, 3, 6, 9))
-        self._normalise(*_statistics(encoder))
+        self.set_bands(3)
         self.multiple = self._settle_sides(max(strides))
 
-    def _normalise(self, mean, std) -> None:
+    def set_bands(self, count: int) -> None:
         "Keep what takes an image normalised by ImageNet's statistics to the encoder's own."
+        known = *_statistics(self.encoder_name), IMAGENET_MEAN, IMAGENET_STD
         mean, std, usual_mean, usual_std = (
-            torch.tensor(x)[:, None, None] for x in (mean, std, IMAGENET_MEAN, IMAGENET_STD))
-        self.register_buffer("scale", usual_std / std, persistent=False)  # (3, 1, 1)
+            torch.tensor(per_band(x, count))[:, None, None] for x in known)
+        self.register_buffer("scale", usual_std / std, persistent=False)  # (N, 1, 1)
         self.register_buffer("shift", (usual_mean - mean) / std, persistent=False)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.cbook import get_sample_data
 
+from .bands import bands_of, per_band
 from sac_lit.core import (
     colors_of,
     in_a_line,
@@ -30,7 +31,7 @@ from sac_lit.core import (
     UserError,
     written_aside,
 )
-from .datasets import open_rgb, SUFFIXES
+from .datasets import open_rgb, read_image, SUFFIXES
 from .deeplabv2 import ASPP, SegmentationModel, upsample
 from .fast import ASPPByTaps, FoldedConv2d, speed_up
 from .predict import NetworkOptions, predict_with_confidence
@@ -64,10 +65,11 @@ class ImageToLabels(nn.Module):
     def __init__(self, model: SegmentationModel):
         super().__init__()
         self.model, self.size = model, model.inference_size
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        for name, value in {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}.items():
+            value = torch.tensor(per_band(value, model.bands))[:, None, None]  # (N, 1, 1)
+            self.register_buffer(name, value)
 
-    def forward(self, image: torch.Tensor):  # uint8 (1, H, W, 3) -> uint8, float32: (H, W) each
+    def forward(self, image: torch.Tensor):  # uint8 (1, H, W, N) -> uint8, float32: (H, W) each
         H, W = image.shape[1:3]
         x = image[0].permute(2, 0, 1).float() / 255                        # (3, H, W)
         if self.size: x = self.resized(x)
@@ -124,7 +126,8 @@ def _padded_form(m: nn.Module) -> type:
 def _facts(model: SegmentationModel) -> str:
     "What a user of an exported network must know, as JSON."
     return json.dumps({
-        "image": "uint8 (1, H, W, 3), RGB", "labels": "uint8 (H, W), positions in names",
+        "image": f"uint8 (1, H, W, {model.bands})" + ", RGB" * (model.bands == 3),
+        "band_range": model.band_range, "labels": "uint8 (H, W), positions in names",
         "confidence": "float32 (H, W), softmax of the label",
         "names": model.names, "colors": colors_of(model.names),
         "arch": model.arch, "encoder": model.encoder,
@@ -176,7 +179,7 @@ def export(model: SegmentationModel,
     if path.suffix not in FORMATS:
         raise UserError(f"{path}: give a name that ends in {' or '.join(FORMATS)}")
     _check_place(path)
-    photos = photographs() if photos is None else photos
+    if photos is None: photos = [_with_bands(x, model.bands) for x in photographs()]
     graph = ImageToLabels(plain_layers(model)).eval()
     original = copy.deepcopy(model).cpu().eval()
     expected = [predict_with_confidence(original, photo) for photo in photos]
@@ -200,6 +203,10 @@ def photographs() -> list[torch.Tensor]:  # uint8 (3, H, W) each
     whole = open_rgb(Path(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     return [_pixels(x) for x in (whole, whole.resize((731, 857)), whole.crop((30, 40, 511, 301)))]
 
+def _with_bands(photo: torch.Tensor, count: int) -> torch.Tensor:  # uint8 (3, H, W) -> (N, H, W)
+    "A photograph whose bands are repeated, to try a network that reads others."
+    return photo[torch.arange(count) % 3]
+
 def _pixels(picture) -> torch.Tensor:  # uint8 (3, H, W)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -210,7 +217,8 @@ def _written(graph: ImageToLabels, suffix: str, path: Path, photos,
              expected) -> _Agreement:
     "Write the file; how it agrees with what is expected. `UserError` where PyTorch cannot."
     try:
-        run = FORMATS[suffix](graph, torch.zeros(1, 97, 130, 3, dtype=torch.uint8), path)
+        blank = torch.zeros(1, 97, 130, graph.model.bands, dtype=torch.uint8)
+        run = FORMATS[suffix](graph, blank, path)
         return _compare(run, photos, expected)
     except (UserError, OSError): raise
     except Exception as e:  # an exporter, and what it wrote, may fail in any way
@@ -274,24 +282,25 @@ class Export(NetworkOptions):
     def run(self) -> None:
         "Export and say how well it agrees."
         to = Path(self.to)
-        photos = None if self.int8 is None else _calibration_photos(self.int8, to)
+        files = None if self.int8 is None else _calibration_files(self.int8, to)
         model = self.load()
-        if photos is None:
+        if files is None:
             found, what = export(model, to), "three photographs"
         else:
+            photos = [read_image(regular_file(p), bands_of(model)) for p in files]
             with tempfile.TemporaryDirectory() as folder:
                 export(model, Path(folder, "float.onnx"))
                 found = quantize(Path(folder, "float.onnx"), photos, to)
             what = f"{len(photos)} photographs"
-        print(f"written: {to}; takes an image, uint8 (1, H, W, 3), and gives labels and "
-              f"confidence; at least {found.pixels:.3%} of the pixels of {what} "
+        print(f"written: {to}; takes an image, uint8 (1, H, W, {model.bands}), and gives labels "
+              f"and confidence; at least {found.pixels:.3%} of the pixels of {what} "
               "get the class that they get in PyTorch")
 
-def _calibration_photos(folder: str, to: Path) -> list[torch.Tensor]:  # uint8 (3, H, W) each
+def _calibration_files(folder: str, to: Path) -> list[Path]:
     "At most 32 of the photographs in a folder. Raises `UserError` where there are none."
     if to.suffix != ".onnx": raise UserError(f"--int8: is for ONNX; {to} should end in .onnx")
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"--int8 {folder}: no images there; give a folder with some photographs "
                         "like those that the network is to label")
-    return [_pixels(open_rgb(regular_file(p))) for p in files[::max(1, len(files) // 32)][:32]]
+    return files[::max(1, len(files) // 32)][:32]

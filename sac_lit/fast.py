@@ -137,7 +137,7 @@ def _scores(model: nn.Module) -> torch.Tensor | None:
     rng = torch.Generator().manual_seed(0)
     draw = lambda shape: .5 + torch.rand(shape, generator=rng)
     for x in tensors: x.copy_(draw(x.shape))
-    image = draw((1, 3, 128, 128)).to(next(model.parameters()).device)
+    image = draw((1, getattr(model, "bands", 3), 128, 128)).to(next(model.parameters()).device)
     try: return model.eval()(image)
     except RuntimeError: return None
     finally:

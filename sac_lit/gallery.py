@@ -19,6 +19,7 @@ from jinja2 import Environment, TemplateError
 from matplotlib import colormaps
 from PIL import Image
 
+from .bands import visible
 from .config import class_names, STAGES
 from sac_lit.core import (
     colorize,
@@ -139,8 +140,8 @@ def _supervision(run: Run, networks: _Networks, x: torch.Tensor, size: tuple[int
 
 # %% ../nbs/08h_gallery.ipynb #ba21be1e
 def _photo(image: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    "An image, uint8 (3, H, W), at a smaller size: (h, w, 3)."
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    "What is visible of an image, uint8 (N, H, W), at a smaller size: (h, w, 3)."
+    picture = Image.fromarray(visible(image).permute(1, 2, 0).contiguous().numpy())
     return np.asarray(picture.resize(size[::-1], Image.BOX))
 
 def _smaller_label(label: torch.Tensor, size: tuple[int, int]) -> np.ndarray:

@@ -229,13 +229,18 @@ def _whole_numbers(path, values: np.ndarray) -> Image.Image:
     small = values.dtype.itemsize == 1
     return Image.fromarray(values.astype(np.uint8 if small else np.uint16))
 
-def _open_array(path) -> Image.Image:
-    "The numbers, or colours, in a file of NumPy's. Raises `FileError`."
+def _load_array(path) -> np.ndarray:
+    "The array in a file of NumPy's, left on the disk until it is used. Raises `FileError`."
     try: array = np.load(regular_file(path, _MOST_BYTES), mmap_mode="r", allow_pickle=False)
     except UserError as e: raise FileError(f"{e}; replace it, or take it away") from None
     except Exception as e:  # it may hold anything
         raise FileError(f"{path}: {_complaint(e)}") from None
-    shape = getattr(array, "shape", ())
+    return array if hasattr(array, "shape") else np.zeros(())  # an archive of arrays is none
+
+def _open_array(path) -> Image.Image:
+    "The numbers, or colours, in a file of NumPy's. Raises `FileError`."
+    array = _load_array(path)
+    shape = array.shape
     if len(shape) == 3 and 1 in (shape[0], shape[2]):
         array = array[0] if shape[0] == 1 else array[..., 0]
     colours = array.ndim == 3 and shape[2] in (3, 4) and array.dtype == np.uint8

@@ -21,6 +21,7 @@ import torch
 import tyro
 from PIL import Image
 
+from .bands import Bands, bands_of, visible, write_geotiff
 from sac_lit.core import (
     ahead,
     CLASSES,
@@ -29,11 +30,12 @@ from sac_lit.core import (
     fingerprint,
     lookup,
     NAMES,
+    optional,
     printable,
     progress,
     UserError,
 )
-from .datasets import FileError, open_dataset, open_rgb, SegmentationDataset, SUFFIXES
+from .datasets import FileError, open_dataset, read_image, SegmentationDataset, SUFFIXES
 from .deeplabv2 import SegmentationModel
 from .outputs import check_apart, check_folder, check_ours, Outputs, stamp, summary
 from .predict import made_by, MOST_PIXELS, predict_with_confidence, PredictOptions
@@ -53,9 +55,10 @@ def overlay(image: torch.Tensor,   # uint8 (3, H, W)
             names=NAMES,
            ) -> np.ndarray:        # uint8 (H, W, 3)
     "An image tinted with the colours of its classes."
-    return image.permute(1, 2, 0).numpy() // 2 + colorize(labels, colors_of(names)) // 2
+    return visible(image).permute(1, 2, 0).numpy() // 2 + colorize(labels, colors_of(names)) // 2
 
-KINDS = {"labels": ".png", "overlays": ".jpg", "confidence": ".png"}  # folders, what is in them
+KINDS = {  # folders, what is in them
+    "labels": ".png", "overlays": ".jpg", "confidence": ".png", "geotiff": ".tif"}
 
 def write_result(outputs: Outputs,
                  files: dict[str, Path],   # of some of `KINDS`
@@ -75,6 +78,9 @@ def write_result(outputs: Outputs,
             "confidence": lambda: (255 * confidence).round().to(torch.uint8).numpy()}
     with outputs.written(files.values(), source, origin, facts) as asides:
         for kind, aside in zip(files, asides):
+            if kind == "geotiff":
+                write_geotiff(aside, values[labels.numpy()], source)
+                continue
             form = "JPEG" if KINDS[kind] == ".jpg" else "PNG"
             Image.fromarray(make[kind]()).save(aside, form, compress_level=3, quality=90)
 
@@ -96,7 +102,8 @@ def label_images(model: SegmentationModel,
         try: return predict_with_confidence(model, image, scales, flip)
         except UserError as e: return FileError(f"{path}: {e}")
 
-    images = ahead((path, _read_image(path)) for path in todo)
+    bands = bands_of(model)
+    images = ahead((path, _read_image(path, bands)) for path in todo)
     results = ahead((path, image, labelled(path, image)) for path, image in images)
     for path, image, result in progress(results, len(todo)):
         if isinstance(result, UserError):
@@ -131,8 +138,9 @@ def _todo(outputs: Outputs, jobs: dict, how: dict) -> dict[Path, tuple[str, dict
     return todo
 
 # %% ../nbs/10b_label.ipynb #7d557a68
-def _read_image(path: Path) -> torch.Tensor | UserError:  # uint8 (3, H, W), or what is wrong
-    try: return torch.from_numpy(np.array(open_rgb(path, MOST_PIXELS))).permute(2, 0, 1)
+def _read_image(path: Path, bands: Bands) -> torch.Tensor | UserError:
+    "An image, uint8 (N, H, W), or what is wrong with it."
+    try: return read_image(path, bands, MOST_PIXELS)
     except FileError as error: return error
 
 # %% ../nbs/10b_label.ipynb #3385ff27
@@ -249,10 +257,12 @@ class Label(PredictOptions):
     ids: Literal["train", "cityscapes"] = "train"  # numbers in the label maps
     overlay: bool = False  # also write each image with its classes in colour (for videos always)
     confidence: bool = False  # also write how sure the network is, as a picture from 0 to 255
+    geotiff: bool = False  # also write label maps of images as GeoTIFF, at their place on Earth
 
     def run(self) -> None:
         "Label what there is, images first."
         how, outputs = {"ids": self.ids, **self.how()}, Outputs(Path(self.out))
+        if self.geotiff: optional("rasterio", "geo")           # raises where it is missing
         images, videos = self._jobs(find_inputs(self.inputs, outputs.folder), outputs)
         _check_all(outputs, images, videos)
         model = self.load()
@@ -284,8 +294,9 @@ class Label(PredictOptions):
                 kept = [*asked, *there, "overlays"]
                 videos[path] = {kind: p for kind, p in frames.items() if kind in kept}
             else:
+                more = ["geotiff"] * self.geotiff
                 images[path] = {kind: p for kind, p in to.items()
-                                if kind in asked or outputs.line(p)}
+                                if kind in (*asked, *more) or outputs.line(p)}
         return images, videos
 
 def _check_all(outputs: Outputs, images: dict, videos: dict) -> None:

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
+from .bands import Bands, bands_of, USUAL
 from sac_lit.core import (
     ahead,
     clean_exit,
@@ -62,15 +63,15 @@ def load_network(path: str | Path,  # folder of a network, a released .pth, or a
 # %% ../nbs/10_predict.ipynb #caac586b
 MOST_PIXELS = 1 << 26  # of an image, and of what a network sees of it: 8192 x 8192
 
-def check_image(image) -> None:
-    "Raises `TypeError` for anything but a uint8 tensor (3, H, W)."
+def check_image(image, bands: int = 3) -> None:
+    "Raises `TypeError` for anything but a uint8 tensor (N, H, W), where N is that of the bands."
     given = f"of type {type(image).__module__}.{type(image).__qualname__}"
     if isinstance(image, torch.Tensor):
-        right = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
+        right = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == bands
         if right and image.numel(): return
         given = f"a tensor of {str(image.dtype)[6:]} and shape {tuple(image.shape)}"
-    raise TypeError(f"image: {given}, where a uint8 tensor (3, H, W) with values from 0 to 255 is "
-                    "expected; Segmenter of sac_lit.segmenter takes the other usual kinds")
+    raise TypeError(f"image: {given}, where a uint8 tensor ({bands}, H, W) with values from 0 to "
+                    "255 is expected; Segmenter of sac_lit.segmenter takes the other usual kinds")
 
 def _check_view(model: SegmentationModel, image: torch.Tensor, scale: float) -> None:
     "Raises `UserError` where a network would see too many pixels of an image."
@@ -88,7 +89,7 @@ def view_logits(model: SegmentationModel,
                 flip: bool = False,   # at each of them, also its mirror image
                ) -> Iterator[torch.Tensor]:  # (C, h, w) each
     "The logits of an image's views, at the network's stride."
-    check_image(image)
+    check_image(image, model.bands)
     for scale in scales:
         _check_view(model, image, scale)
         x = network_input(model, image, scale)                 # (1, 3, H', W')
@@ -112,7 +113,7 @@ def score_strips(model: SegmentationModel,
                  rows: int = 32,                    # in a strip; the last may have fewer
                 ) -> Iterator[torch.Tensor]:        # (C, rows, W) each, from top to bottom
     "Scores of an image, strip by strip, whose softmax is the mean softmax of its views."
-    check_image(image)
+    check_image(image, model.bands)
     H, W = image.shape[-2:]
     logits = view_logits(model, image, scales, flip)
     with _enough_memory(W, H):
@@ -276,21 +277,23 @@ class Evaluate(PredictOptions):
     label_suffix: str = ""            # layout folder: what label maps have behind an image's name
     out: str = "evaluation"           # folder for scores.json and confusion.png
 
-    def data(self) -> SegmentationDataset:
+    def data(self, bands: Bands = USUAL) -> SegmentationDataset:
         "The labelled images."
         layout = find_layout(self.layout, self.split, option="--layout")
         if self.labels is None and layout.apart:
             raise UserError(f"--layout {self.layout}: give the folder of the label maps with "
                             "--labels")
         return open_dataset(self.layout, self.root, self.labels or True, self.split, self.classes,
-                            self.ignore, frames=self.frames, label_suffix=self.label_suffix)
+                            self.ignore, frames=self.frames, label_suffix=self.label_suffix,
+                            bands=bands)
 
     def run(self) -> None:
         "Evaluate, print and write."
         how, outputs = self.how(), Outputs(Path(self.out))
         files = [outputs.folder / name for name in ("scores.json", "confusion.png")]
         check_ours(outputs, [(path, None) for path in files])
-        model, data = self.load(), self.data()
+        model = self.load()
+        data = self.data(bands_of(model))
         _check_classes(model.names, data.names)
         outputs.start("evaluate")                              # before what takes long
         cm = evaluate_network(model, data, **how)

@@ -101,6 +101,8 @@ _DATA = {
     "source_std": Range(0, 10, above=True, count=3, why="red, green, blue"),
     "target_size": _SIDES,
     "eval_size": _SIDES,
+    "bands": Range(1, 256, whole=True),
+    "band_range": Range(-1e9, 1e9, count=2, rising=True, none=True, why="black and white"),
     "ignore": Range(0, 65_535, whole=True, count=0, why="values of label maps"),
     "workers": Range(0, 1024, whole=True, why="each is a process"),
     "timeout": Range(1, 604_800, whole=True, why="seconds, up to a week"),

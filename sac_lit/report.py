@@ -23,6 +23,7 @@ import torch
 import tyro
 from jinja2 import Environment
 
+from .bands import per_band, visible
 from sac_lit.config import (
     absent_classes,
     class_names,
@@ -202,7 +203,7 @@ def figure_of_examples(run: Run, data: dict, count: int = 4) -> Path:
     for i in np.linspace(0, len(dataset) - 1, count).astype(int):
         sample = dataset[i]
         image = sample["image"]  # (3, H, W)
-        panels.append(image)
+        panels.append(visible(image))
         if "label" in sample: panels.append(sample["label"])
         for net in networks:
             logits = net(network_input(net, image))
@@ -231,9 +232,10 @@ def figure_of_views(run: Run, teacher: MomentumNetwork, prior: ClassPrior, views
     return save_figure(run, f"views_{step:07d}")
 
 def _colors(image: torch.Tensor) -> torch.Tensor:
-    "A normalised image (3, H, W) as it was, in [0, 1]."
-    std, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
-    return (image.cpu() * std + mean).clamp(0, 1)
+    "What is visible of a normalised image (N, H, W) as it was, in [0, 1]."
+    std, mean = (torch.tensor(per_band(x, len(image)))[:, None, None]
+                 for x in (IMAGENET_STD, IMAGENET_MEAN))
+    return visible((image.cpu() * std + mean).clamp(0, 1))
 
 def _show_trackers(run: Run, title: str, step: int) -> None:
     "Give the current figure to the trackers that take pictures."

@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, Subset
 
 from .audit import cached
+from .bands import Bands, bands_of, USUAL
 from .config import Config, DataConfig
 from sac_lit.core import (
     ConfusionMatrix,
@@ -34,8 +35,8 @@ from sac_lit.core import (
 from .crop_fusion import crop_theta
 from sac_lit.datasets import (
     find_layout,
+    open_bands,
     open_dataset,
-    open_rgb,
     released_gta5_frames,
     SegmentationDataset,
 )
@@ -45,6 +46,7 @@ from .fast import fast_predicted_classes
 from .findings import is_blended, left_out, Remark, remarks_on_classes
 from .image_files import FileError, open_image
 from .loop import postpone_sigterm
+from .poses import draw_poses, pose_theta, posed, Poses, poses_of
 from .report import means_of
 from .runs import Run, Share
 from .toy_city import write_dataset
@@ -70,7 +72,8 @@ _MAPS, _IMAGES = 50, 3  # that are looked at before a training
 def data_remarks(dataset: SegmentationDataset, most: int = _MAPS) -> list[Remark]:
     "What a sample of a data set suffers from; a defect where none of its pixels has a class."
     places = some_of(dataset, "data check", most).indices
-    remarks = _unused_bands([dataset.images[i] for i in places[:_IMAGES]])
+    usual = [dataset.images[i] for i in places[:_IMAGES]] if dataset.bands == USUAL else []
+    remarks = _unused_bands(usual)
     if dataset.labels is None: return remarks
     classes, pixels = dataset.num_classes, np.zeros(1 << 16, np.int64)
     images, blended = np.zeros(classes, np.int64), 0
@@ -160,7 +163,7 @@ def _source_data(d: DataConfig) -> SegmentationDataset:
     if frames == "released": frames = released_gta5_frames()
     return open_dataset(d.source, d.source_root, d.source_labels or True, "train",
                         d.classes, d.ignore, d.source_size, frames,
-                        label_suffix=d.label_suffix)
+                        label_suffix=d.label_suffix, bands=bands_of(d))
 
 def target_data(d: DataConfig, labels: bool = False) -> SegmentationDataset:
     "The target's training images; with labels for the oracle only."
@@ -174,7 +177,7 @@ def _open_target(d: DataConfig, labels, split: str = "train", **which) -> Segmen
     "Images of the target, some or all, with labels or without."
     return open_dataset(
         d.target, d.target_root, labels, split, d.classes, d.ignore, d.target_size,
-        label_suffix=d.label_suffix, **which)
+        label_suffix=d.label_suffix, bands=bands_of(d), **which)
 
 def val_data(d: DataConfig) -> SegmentationDataset | None:
     "Labelled images of the target: below --data.val-root, or the target's own split val."
@@ -182,7 +185,7 @@ def val_data(d: DataConfig) -> SegmentationDataset | None:
     if not d.val_root and "{split}" not in layout.images: return None
     if layout.apart: _required(d.val_labels, "val-labels")
     return open_dataset(d.target, d.val_root or d.target_root, d.val_labels or True, "val",
-                        d.classes, d.ignore, label_suffix=d.label_suffix)
+                        d.classes, d.ignore, label_suffix=d.label_suffix, bands=bands_of(d))
 
 # %% ../nbs/08f_run_data.ipynb #5ccb9506
 def labelled_data(cfg: Config, val: SegmentationDataset | None) -> SegmentationDataset:
@@ -203,25 +206,28 @@ def _drawn_frames(cfg: Config, count: int, known: dict) -> list[str]:
     everything = _open_target(d, d.target_label_maps or True, frames=d.target_frames, check=False)
     images, labels = everything.images, everything.labels
     order = torch.randperm(len(images), generator=generator(cfg.seed, "target labels")).tolist()
-    usable = (images[i] for i in order if labels[i].exists() and _content(images[i]) not in known)
+    usable = (images[i] for i in order
+              if labels[i].exists() and _content(images[i], bands_of(d)) not in known)
     chosen = list(islice(usable, count or None))
     if count == len(chosen): return [path.relative_to(d.target_root).as_posix() for path in chosen]
     raise UserError(f"--data.target-labels {count}: {len(chosen)} target images have a label map "
                     "and are not used for evaluation; give a number from 1 to that, or a list")
 
 # %% ../nbs/08f_run_data.ipynb #c88c3df9
-def _content(path: Path) -> str:
+def _content(path: Path, bands: Bands) -> str:
     "What tells a picture from others, whatever its file is called: a hash of its pixels."
-    picture = open_rgb(path)
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    first, *others = open_bands(path, bands)
+    found = hashlib.sha256(repr(first.size).encode())
+    for picture in (first, *others): found.update(picture.tobytes())
+    return found.hexdigest()
 
 def _contents(dataset: SegmentationDataset | None) -> dict[str, Path]:
     "The files of a data set by what they show; nothing where there is none."
-    return {_content(path): path for path in (dataset.images if dataset else ())}
+    return {_content(path, dataset.bands): path for path in (dataset.images if dataset else ())}
 
 def _check_apart(images: SegmentationDataset, known: dict, where: str) -> None:
     "Raises `UserError` where one of the listed images is also used for evaluation."
-    both = {path: known.get(_content(path)) for path in images.images}
+    both = {path: known.get(_content(path, images.bands)) for path in images.images}
     both = {path: same for path, same in both.items() if same}
     if not both: return
     path, same = next(iter(both.items()))
@@ -247,16 +253,22 @@ class Recipe(NamedTuple):
     jitter: float  # strength of the colour jitter
     mean: tuple = IMAGENET_MEAN  # that normalise, one a channel
     std: tuple = IMAGENET_STD
+    poses: Poses = Poses()       # that crops take
 
 def source_batch(run: Run, key: str, batch: dict, step: int, slots: range, recipe: Recipe,
                 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B, 3, h, w), (B, h, w)
     "Augmented, normalised images of one step, and labels where the batch has them."
-    crop, scale, jitter, mean, std = recipe
+    crop, scale, jitter, mean, std, poses = recipe
     rng = [generator(run.cfg.seed, key, step, slot) for slot in slots]
     images, labels = batch["image"].to(run.device), batch.get("label")
     if labels is not None: labels = labels.to(run.device)
     images, labels = source_views(images, labels, rng, crop, scale, jitter, mean,
                                   batch.get("frame"), run.resize)
+    if any(poses):
+        rng = [generator(run.cfg.seed, key, "pose", step, slot) for slot in slots]
+        drawn = torch.cat([draw_poses(poses, r, 1) for r in rng])  # (B,)
+        images = posed(images, drawn)
+        if labels is not None: labels = posed(labels, drawn)
     return normalize(images, mean, std), labels
 
 # %% ../nbs/08f_run_data.ipynb #562b8332
@@ -267,12 +279,17 @@ def target_batch(run: Run, batch: dict, step: int, share: Share) -> Views:
     views, boxes, flips = target_views(
         batch["image"].to(run.device), rng, c.crop, c.num_crops, c.view_scale, c.joint_scale,
         batch.get("frame"), run.resize, c.views_from)  # (B, T, 3, h, w), ...
+    theta = crop_theta(*boxes.unbind(-1), c.crop, flips)  # (B, T, 2, 3)
+    if any(poses_of(c)):
+        rng = [generator(*key, "pose", slot) for slot in share.slots]
+        drawn = torch.stack([draw_poses(poses_of(c), r, c.num_crops + 1) for r in rng])  # (B, T)
+        views = posed(views.flatten(0, 1), drawn.flatten()).view_as(views)
+        theta = pose_theta(theta, drawn)
     clean = views[:, share.mine]  # (B, t, 3, h, w)
     mine = range(c.num_crops + 1)[share.mine]
     rng = [generator(*key, slot, t) for slot in share.slots for t in mine]
     noisy = photometric_noise(clean.flatten(0, 1), rng, run.noise).view_as(clean)
-    theta = crop_theta(*boxes.unbind(-1), c.crop, flips).to(run.device)   # (B, T, 2, 3)
-    return Views(normalize(clean), normalize(noisy), theta, share.mine)
+    return Views(normalize(clean), normalize(noisy), theta.to(run.device), share.mine)
 
 def example_views(run: Run, dataset: SegmentationDataset) -> Views:
     "The views of the image in the middle of a data set, the same at every call, for a figure."

@@ -422,7 +422,12 @@ def starting_network(run: Run) -> SegmentationModel:
     start = run.cfg.sac.start
     if start is None: return load_stage(run, "abn")
     load = load_snapshot if Path(start).suffix == ".pth" else SegmentationModel.from_pretrained
-    return load(start).to(run.device)
+    network, bands = load(start), run.cfg.data.bands
+    if network.bands != bands:
+        raise UserError(f"--sac.start {start}: reads images of {network.bands} bands, where "
+                        f"--data.bands states {bands}; give another network, or that number")
+    network.set_band_range(run.cfg.data.band_range)
+    return network.to(run.device)
 
 def reopen(folder: Path) -> Run:
     "A run that is there, to look at: on one process. `UserError` where the folder is no run."

@@ -15,40 +15,49 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .bands import as_bands, Bands, bands_of, USUAL
 from .core import in_a_line, regular_file, UserError
-from .datasets import open_rgb
+from .datasets import read_image
 from .deeplabv2 import network_input, SegmentationModel
 from .fast import speed_up
 from .label import overlay
 from .predict import best_classes, load_network, logit_strips
 
 # %% ../nbs/10c_segmenter.ipynb #b3dcce43
-def as_image(image) -> torch.Tensor:  # uint8 (3, H, W)
-    "A path, Pillow image, uint8 array (H, W, 3) or tensor (3, H, W). `UserError` for all else."
-    if isinstance(image, (str, Path)): image = open_rgb(regular_file(image))
-    if isinstance(image, Image.Image): image = _rgb_array(image)
-    if isinstance(image, np.ndarray): image = _channels_first(image)
+def as_image(image,
+             bands: Bands = USUAL,  # that the network reads
+            ) -> torch.Tensor:      # uint8 (N, H, W)
+    "A path, Pillow image, uint8 array (H, W, N) or tensor (N, H, W). `UserError` for all else."
+    known, N = _known(bands.count), bands.count
+    if isinstance(image, (str, Path)): return read_image(regular_file(image), bands)
+    if isinstance(image, Image.Image) and N == 3: image = _rgb_array(image)
+    if isinstance(image, np.ndarray): image = _channels_first(image, bands)
     if not isinstance(image, torch.Tensor):
         kind = f"{type(image).__module__}.{type(image).__qualname__}".removeprefix("builtins.")
-        raise UserError(f"an image of type {kind}: {_KNOWN}")
+        raise UserError(f"an image of type {kind}: {known}")
     if image.dtype != torch.uint8:
-        raise UserError(f"a tensor of {str(image.dtype)[6:]}: {_KNOWN}{_scaled(image)}")
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        hint = ", such as x.permute(2, 0, 1)" if image.ndim == 3 and image.shape[-1] == 3 else ""
-        raise UserError(f"a tensor of shape {tuple(image.shape)}: {_KNOWN}{hint}")
+        raise UserError(f"a tensor of {str(image.dtype)[6:]}: {known}{_scaled(image)}")
+    if image.ndim != 3 or image.shape[0] != N or not image.numel():
+        hint = ", such as x.permute(2, 0, 1)" if image.ndim == 3 and image.shape[-1] == N else ""
+        raise UserError(f"a tensor of shape {tuple(image.shape)}: {known}{hint}")
     return image.cpu()
 
-_KNOWN = ("give a path, a Pillow image, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W), "
-          "RGB from 0 to 255")
+def _known(N: int) -> str:
+    "What can be given for an image of N bands."
+    pillow, what = (" a Pillow image,", "RGB") if N == 3 else ("", "bands")
+    return (f"give a path,{pillow} an array uint8 (H, W, {N}) or a tensor uint8 ({N}, H, W), "
+            f"{what} from 0 to 255")
 
-def _channels_first(image: np.ndarray) -> torch.Tensor:  # uint8 (3, H, W)
+def _channels_first(image: np.ndarray, bands: Bands) -> torch.Tensor:  # uint8 (N, H, W)
     "An array as a tensor. Raises `UserError` where it is of another kind."
+    known, N = _known(bands.count), bands.count
+    if bands.range: image = as_bands(image, bands)
     if image.dtype != np.uint8:
-        raise UserError(f"an array of {image.dtype}: {_KNOWN}{_scaled(image)}")
-    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        first = image.ndim == 3 and image.shape[0] == 3
+        raise UserError(f"an array of {image.dtype}: {known}{_scaled(image)}")
+    if image.ndim != 3 or image.shape[2] != N or not image.size:
+        first = image.ndim == 3 and image.shape[0] == N
         hint = ", such as x.transpose(1, 2, 0)" if first else ""
-        raise UserError(f"an array of shape {image.shape}: {_KNOWN}{hint}")
+        raise UserError(f"an array of shape {image.shape}: {known}{hint}")
     return torch.from_numpy(np.ascontiguousarray(image).copy()).permute(2, 0, 1)
 
 def _scaled(x) -> str:
@@ -68,7 +77,7 @@ def _rgb_array(image: Image.Image) -> np.ndarray:  # uint8 (H, W, 3)
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     "What a network says of an image, at the image's own size."
-    image: torch.Tensor       # uint8 (3, H, W), as it was read
+    image: torch.Tensor       # uint8 (N, H, W), as it was read
     labels: torch.Tensor      # uint8 (H, W): the class of each pixel, by its place in `names`
     confidence: torch.Tensor  # float32 (H, W): its softmax
     names: tuple[str, ...]    # of the classes
@@ -119,7 +128,8 @@ class Segmenter:
                 ):                         # a `Segmentation`, or a list of them
         "Classes and confidences. Raises `UserError` for what is no image."
         if not isinstance(image, (list, tuple)): return self([image], tile, overlap)[0]
-        images = [_numbered(x, i, len(image)) for i, x in enumerate(image)]
+        bands = bands_of(self.model)
+        images = [_numbered(x, i, len(image), bands) for i, x in enumerate(image)]
         if tile is None: logits = self._batches(images)
         else: logits = [self._tiles(x, tile, tile // 2 if overlap is None else overlap)
                         for x in images]
@@ -157,9 +167,9 @@ def _usable(device) -> torch.device:
                         "it out") from None
     return device
 
-def _numbered(image, i: int, n: int) -> torch.Tensor:  # uint8 (3, H, W)
+def _numbered(image, i: int, n: int, bands: Bands) -> torch.Tensor:  # uint8 (N, H, W)
     "The i-th of n images. Raises `UserError`, with its number where there are several."
-    try: return as_image(image)
+    try: return as_image(image, bands)
     except UserError as e:
         if n == 1: raise
         raise UserError(f"image {i} of the list: {e}") from None

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 # %% ../nbs/09_train.ipynb #1mp0rt50
 from . import report
 from .abn_pretraining import abn_step, freeze_bn, share_statistics
+from .bands import bands_of
 from .camvid import camvid_settings
 from sac_lit.config import (
     ABNConfig,
@@ -60,6 +61,7 @@ from .gallery import write_gallery
 from .importance_sampling import class_frequency, draw, sampling_weights
 from .loop import batches, epoch_order, names_of, nonfinite_error, run_stage
 from .moving_threshold import ClassPrior, thresholds
+from .poses import poses_of
 from .ranges import read_options
 
 # %% ../nbs/09_train.ipynb #9836a548
@@ -169,7 +171,7 @@ def _statistics_images(run: Run, stage: str, target: SegmentationDataset, start:
     if c.target_batch % P == 0:
         slots = run.share(c.target_batch, "abn.target-batch").slots
     order = epoch_order(run, key, target, c.target_batch)
-    recipe = Recipe(c.crop, c.scale, c.jitter)
+    recipe = Recipe(c.crop, c.scale, c.jitter, poses=poses_of(c))
     targets = batches(run, target, start, c.steps, slots, order)
     for step, batch in enumerate(targets, start):
         images, _ = source_batch(run, key, batch, step, slots, recipe)
@@ -182,11 +184,12 @@ def train_supervised(run: Run, stage: str, data: dict) -> tuple[nn.Module, float
     network = _first_network(run, data["source"])
     model, optimizer, scaler = prepare(run, network, build_optimizer(network, c))
     labelled, target = data["source"], None
-    recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std)
+    recipe = Recipe(c.crop, c.scale, c.jitter, d.source_mean, d.source_std,
+                    poses_of(c))
     if stage == "abn": target = _to_adapt(run, network, data["target"])
     if stage == "oracle":
         labelled = target_data(d, labels=True)
-        recipe = Recipe(c.crop, c.scale, c.jitter)
+        recipe = Recipe(c.crop, c.scale, c.jitter, poses=poses_of(c))
 
     def evaluate_it(step):
         if step == c.steps: settle_inference_size(run, stage, network)
@@ -208,7 +211,7 @@ def _first_network(run: Run, labelled: SegmentationDataset) -> nn.Module:
     cfg, C, names = run.cfg, labelled.num_classes, labelled.names
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(cfg.seed, "weights"))
-        network = build_model(cfg.arch, C, cfg.weights, names, cfg.encoder)
+        network = build_model(cfg.arch, C, cfg.weights, names, cfg.encoder, bands_of(cfg.data))
         network.set_inference_size(cfg.data.eval_size)
     if run.accelerator.num_processes == 1: return network
     return share_statistics(network, run.device)
@@ -263,7 +266,8 @@ def sac_steps(run: Run,
     slots = run.share(c.source_batch, "sac.source-batch").slots
     share = run.share(c.groups, "sac.groups", views=c.num_crops + 1)
     how = run.shared_execution(model, share, c.micro_batch)
-    recipe = Recipe(c.crop, c.source_scale, c.source_jitter, d.source_mean, d.source_std)
+    recipe = Recipe(c.crop, c.source_scale, c.source_jitter, d.source_mean, d.source_std,
+                    poses_of(c))
     order = epoch_order(run, "sac", data["source"], c.source_batch)
     def pick(step, slot):
         return draw(weights, generator(seed, "sac image", step, slot))
@@ -293,7 +297,7 @@ def _labelled_images(run: Run, labelled: SegmentationDataset, start: int,
     slots = range(c.label_batch)  # all or a part: the mean over processes is the same
     if c.label_batch % P == 0: slots = run.share(c.label_batch, "sac.label-batch").slots
     order = epoch_order(run, key, labelled, c.label_batch)
-    recipe = Recipe(c.crop, c.source_scale, c.source_jitter)
+    recipe = Recipe(c.crop, c.source_scale, c.source_jitter, poses=poses_of(c))
     for step, batch in enumerate(batches(run, labelled, start, c.steps, slots, order), start):
         images, labels = source_batch(run, key, batch, step, slots, recipe)
         yield Labelled(images, labels, c.label_weight), names_of(labelled, batch)

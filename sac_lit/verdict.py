@@ -56,7 +56,13 @@ def _thetas(size) -> torch.Tensor:  # (G, 2, 3)
 # %% ../nbs/08g_verdict.ipynb #3fff9fbd
 COLOURED = {  # uint8 image (3, H, W) -> float in [0, 1]
     "darker": lambda image: (image / 255) ** 1.5,
-    "jpeg": lambda image: through_jpeg(image, quality=30) / 255}
+    "jpeg": lambda image: _through_jpeg(image) / 255}
+
+def _through_jpeg(image: torch.Tensor) -> torch.Tensor:
+    "Three bands as a photograph, others one by one in grey."
+    if len(image) == 3: return through_jpeg(image, quality=30)
+    grey = [through_jpeg(band.expand(3, -1, -1), quality=30)[:1] for band in image]
+    return torch.cat(grey)
 
 def unseen_views(image: torch.Tensor,  # uint8 (3, H, W)
                 ) -> torch.Tensor:     # normalised (1 + V, 3, H, W)

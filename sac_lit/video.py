@@ -108,6 +108,8 @@ def label_video(model: SegmentationModel,
                 scales=(1.,), flip: bool = False,  # as in `view_logits`
                ) -> Counter:  # how many frames were labelled, and why; how many are there already
     "Label a video. Raises `UserError` where it cannot be read to its end; what was labelled stays."
+    if model.bands != 3:
+        raise UserError(f"{path}: a video has 3 bands, where the network reads {model.bands}")
     how = made_by(model, ids=ids, scales=scales, flip=flip)
     origin, facts, broken = {**how, "video": stamp(path)}, {"frames": 0}, []
     folders = {kind: folder for kind, folder in files.items() if kind != "overlays"}

@@ -16,18 +16,21 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms.v2.functional._color import _hsv_to_rgb, _rgb_to_hsv
 
+from .bands import per_band
 from .core import IGNORE_INDEX
 
 # %% ../nbs/01b_views.ipynb #2a0c70db
 IMAGENET_MEAN = .485, .456, .406  # of red, green and blue, on a scale from 0 to 1
 IMAGENET_STD = .229, .224, .225   # their standard deviations
 
-def normalize(images: torch.Tensor,  # (..., 3, H, W) in [0, 1]
-              mean=None,  # of each channel; by default ImageNet's
+def normalize(images: torch.Tensor,  # (..., N, H, W) in [0, 1]
+              mean=None,  # of red, green and blue, or of each band; by default ImageNet's
               std=None,
              ) -> torch.Tensor:
-    "Subtract the mean and divide by the standard deviation of each channel."
-    return TF.normalize(images, list(mean or IMAGENET_MEAN), list(std or IMAGENET_STD))
+    "Subtract the mean and divide by the standard deviation of each band; see `per_band`."
+    bands = images.shape[-3]
+    mean, std = per_band(mean or IMAGENET_MEAN, bands), per_band(std or IMAGENET_STD, bands)
+    return TF.normalize(images, mean, std)
 
 # %% ../nbs/01b_views.ipynb #140af668
 COLOR_STATISTICS = {  # mean and standard deviation of red, green and blue over the training images
@@ -193,18 +196,23 @@ def _adjust_brightness(images, factor, area):
 
 def _adjust_contrast(images, factor, area):
     "Blend with the mean grey of the image; what is padded is black and does not count."
-    mean = TF.rgb_to_grayscale(images).sum((1, 2, 3), keepdim=True) / area
+    mean = _grey(images).sum((1, 2, 3), keepdim=True) / area
     return _blend(images, mean.expand_as(images), factor)
 
 def _adjust_saturation(images, factor, area):
-    "Blend with the grey image."
-    return _blend(images, TF.rgb_to_grayscale(images), factor)
+    "Blend with the grey image; what are no colours stays."
+    return _blend(images, _grey(images), factor) if images.shape[1] == 3 else images
 
 def _adjust_hue(images, turns, area):
     "Turn every colour on the colour circle; brightness and saturation stay."
+    if images.shape[1] != 3: return images
     hue, saturation, value = _rgb_to_hsv(images).unbind(1)  # (N, h, w)
     hue = (hue + turns[:, 0].to(images)).remainder(1)
     return _hsv_to_rgb(torch.stack([hue, saturation, value], 1))
+
+def _grey(images: torch.Tensor) -> torch.Tensor:  # (N, C, h, w) -> (N, 1, h, w)
+    "How bright each pixel looks; for other bands than three colours their mean."
+    return TF.rgb_to_grayscale(images) if images.shape[1] == 3 else images.mean(1, keepdim=True)
 
 _ADJUST = _adjust_brightness, _adjust_contrast, _adjust_saturation, _adjust_hue
 
@@ -257,7 +265,7 @@ def source_views(images: torch.Tensor,  # uint8 (B, 3, H, W)
              for rng, frame in zip(generators, frames.tolist())]
     boxes, flips, amounts = zip(*draws)
     boxes, flips = torch.tensor(boxes), torch.tensor(flips)  # (B, 4), (B,)
-    images = images.float() / 255
+    images, fill = images.float() / 255, per_band(fill, images.shape[1])
     some = [i for i, amount in enumerate(amounts) if amount is not None]
     if some:
         chosen = torch.stack([amounts[i] for i in some])  # (n, 8)
@@ -371,8 +379,8 @@ def gaussian_blur(images: torch.Tensor,  # (N, 3, h, w)
 def to_grey(images: torch.Tensor,  # (N, 3, h, w)
             amounts=None,  # not needed
            ) -> torch.Tensor:
-    "The same images without colour."
-    return TF.rgb_to_grayscale(images, num_output_channels=3)
+    "The same images without colour, where they have three bands."
+    return TF.rgb_to_grayscale(images, num_output_channels=3) if images.shape[1] == 3 else images
 
 # %% ../nbs/01b_views.ipynb #a0aa03bf
 class Augmentation(NamedTuple):

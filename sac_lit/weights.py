@@ -123,6 +123,7 @@ def save_snapshot(path: str | Path,
         for k, v in momentum.state_dict().items():
             state[f"module.{k.replace('backbone.', 'slow_net.', 1)}"] = v
         state |= {"module.running_conf": prior, "module.slow_init": torch.ones(1)}
-    network = {name: getattr(model, name) for name in ("arch", "num_classes", "names", "encoder")}
+    known = "arch", "num_classes", "names", "encoder", "bands", "band_range"
+    network = {name: getattr(model, name) for name in known}
     with written_aside(Path(path)) as tmp:
         torch.save({"model": state, "score": 0., "epoch": 0, "network": network}, tmp)
