@@ -262,6 +262,39 @@ def test_cache_goes_on_after_an_interruption(many):
     for i in range(100): assert torch.equal(fast[i]["image"], dataset[i]["image"])
 
 
+def damage(path, how):
+    "Put something else in the place of a file."
+    content = path.read_bytes()
+    path.unlink()
+    if how == "pipe": os.mkfifo(path)
+    elif how == "loop": path.symlink_to(path)
+    elif how == "folder": path.mkdir()
+    elif how == "gone": pass
+    else: path.write_bytes({"cut": content[:-1], "zeros": bytes(99), "garbage": b"\xff1\n"}[how])
+
+
+@pytest.mark.parametrize("how", ["pipe", "loop", "folder", "gone", "cut", "zeros", "garbage"])
+@pytest.mark.parametrize("name", ["done", "image.npy"])
+def test_a_cache_begun_and_damaged_is_begun_anew(many, name, how):
+    dataset, place = many
+    dataset.__class__ = Interrupted
+    with pytest.raises(KeyboardInterrupt): cached(dataset, place)
+    damage(next(place.rglob(name)), how)
+    fast = cached(dataset, place)
+    assert dataset.reads in (81 + 100, 81 + 94)          # of a note cut short, "6" is left
+    for i in (0, 70, 99): assert torch.equal(fast[i]["image"], dataset[i]["image"])
+
+
+@pytest.mark.parametrize("how", ["pipe", "loop", "folder", "gone", "cut", "zeros", "garbage"])
+def test_a_whole_cache_that_was_damaged_gets_one_sentence(many, how):
+    dataset, place = many
+    path = cached(dataset, place).place/"image.npy"
+    damage(path, how)
+    assert f"{path}: damaged" in message(cached, dataset, place)
+    shutil.rmtree(path.parent)
+    assert torch.equal(cached(dataset, place)[7]["image"], dataset[7]["image"])
+
+
 def test_cache_of_changed_files_is_another_one(many):
     dataset, place = many
     first = cached(dataset, place)

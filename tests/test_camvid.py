@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import os
 import re
 import socket
 import tarfile
@@ -355,6 +356,16 @@ def test_wrong_size(server, tmp_path):
         assert names(tmp_path) == ["camvid.tgz.damaged"] and server.asked == []
 
 
+@pytest.mark.parametrize("make, why", [
+    (os.mkfifo, "a pipe, where"), (os.mkdir, "a folder, where"),
+    (lambda path: os.symlink(path, path), "cannot be opened")])
+@pytest.mark.parametrize("name", ["camvid.tgz", "camvid.tgz.part"])
+def test_what_is_no_file_is_no_download(server, tmp_path, name, make, why):
+    make(tmp_path / name)
+    text = sentence(download, archive_of(server), tmp_path / "camvid.tgz")
+    assert f"{name}: {why}" in text and server.asked == []
+
+
 def test_another_answer(server, tmp_path):
     "The page of a hotel's network, for one: nothing of it is kept."
     server.status, server.length = 200, 5000
@@ -668,6 +679,18 @@ def test_commands(copies, tmp_path, capsys):
         ["day", "2", "frames"], ["dusk", "2", "frames"], ["dusk_val", "1", "frames"]]
     main(["shift", "sensor", f"{folder}/dusk/images", str(tmp_path / "out"), "--seed", "3"])
     assert capsys.readouterr().out == f"2 images in {tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize("mark", [b"", b"[]", b"{}", b"\xff", None])
+def test_a_damaged_mark_gets_one_sentence(copies, capsys, mark):
+    "Of a folder that was prepared; None is a pipe."
+    path = camvid_folder(copies["fastai"]) / "prepared.json"
+    path.unlink()
+    if mark is None: os.mkfifo(path)
+    else: path.write_bytes(mark)
+    with pytest.raises(SystemExit) as e: main(["prepare", str(path.parent)])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.startswith(f"error: {path}: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv, said", [

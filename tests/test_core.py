@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sac_lit import core
 from sac_lit.core import (
     ASIDE,
     CLASSES,
@@ -24,6 +25,7 @@ from sac_lit.core import (
     IGNORE_INDEX,
     lookup,
     NAMES,
+    progress,
     read_json,
     read_text,
     regular_file,
@@ -277,6 +279,25 @@ def test_a_command_ends_in_one_line(error, status, words, capsys):
     with pytest.raises(SystemExit) as end, clean_exit("go on"): raise error
     said = capsys.readouterr().err
     assert end.value.code == status and words in said and said.count("\n") == 1
+
+
+def test_a_line_a_minute(monkeypatch, capsys):
+    "Where nobody watches: 130 items of ten seconds each, and 10 of an hour."
+    clock = [0.]
+    monkeypatch.setattr(core.time, "monotonic", lambda: clock[0])
+    monkeypatch.delenv("IN_TEST")
+    def slow(n, seconds):
+        for k in range(n):
+            clock[0] += seconds
+            yield k
+    assert list(progress(slow(13, 10), 13)) == list(range(13))
+    assert capsys.readouterr().err == ("6 of 13: 10.0 seconds each, 70 s left\n"
+                                       "12 of 13: 10.0 seconds each, 10 s left\n")
+    assert len(list(progress(slow(9, 3600)))) == 9
+    assert capsys.readouterr().err.splitlines()[8] == "9: 3600.0 seconds each"
+    assert [x for x in progress(slow(300, .5), 90000)][-1] == 299
+    assert capsys.readouterr().err.startswith("120 of 90000: 2 a second, 12.5 h left\n240 of")
+    assert progress(items := [1], 0) is items
 
 
 def test_a_fault_of_the_library_is_not_hidden():

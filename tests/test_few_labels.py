@@ -20,7 +20,7 @@ from sac_lit.deeplabv2 import build_model
 from sac_lit.ema_training import Labelled, PLAIN, sac_step, SelfSupervision
 from sac_lit.fast import FAST, micro_batched, speed_up
 from sac_lit.few_labels import choose, CURVE, look, main, networks_of, propose
-from sac_lit.run_data import labelled_data, open_data, target_data, val_data
+from sac_lit.run_data import _note_frames, labelled_data, open_data, target_data, val_data
 from sac_lit.runs import open_run
 from sac_lit.toy_city import write_dataset
 from sac_lit.views import source_views
@@ -436,6 +436,25 @@ def test_a_second_round_proposes_others(city):
     assert len({*names, *more}) == 8
     with pytest.raises(UserError, match="--count 4: 3 images of the target have no label yet"):
         propose(Path("runs/few"), 4)
+
+
+def test_a_list_of_labelled_images_that_is_none(city):
+    "A pipe hangs nothing; and names that are not UTF-8 come back as they are."
+    path = frames(city)[0]
+    path.rename(os.fsdecode(os.fsencode(path).replace(b"_leftImg", b"\xff_leftImg")))
+    names = os.fsdecode(propose(Path("runs/small"), 8).read_bytes()).splitlines()
+    assert set(names) == set(names_of(target_data(SMALL.data), city))
+    kept, run = Path("runs/small/target_labels.txt"), open_run(replace(SMALL, name="few"))
+    data = target_data(SMALL.data)
+    for _ in range(2): _note_frames(run, data)
+    shutil.copy(run.folder / kept.name, kept)
+    with pytest.raises(UserError, match="0 images of the target have no label"):
+        propose(Path("runs/small"), 1)
+    for place in (kept, run.folder / kept.name):
+        place.unlink()
+        os.mkfifo(place)
+    with pytest.raises(UserError, match="a pipe"): propose(Path("runs/small"), 1)
+    with pytest.raises(UserError, match="a pipe"): _note_frames(run, data)
 
 
 def test_an_evaluated_image_is_not_proposed(city):

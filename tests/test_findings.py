@@ -8,6 +8,7 @@ from PIL import Image
 from test_audit import audited, counted, of_folder, table
 from test_datasets import city, folder, gta, message, own, pytestmark, save, SIZE
 
+from sac_lit import run_data
 from sac_lit.audit import _look_at_all, audit
 from sac_lit.core import UserError
 from sac_lit.datasets import open_dataset
@@ -19,7 +20,7 @@ from sac_lit.findings import (
     same_pictures,
     small_grey,
 )
-from sac_lit.run_data import _warn, data_remarks
+from sac_lit.run_data import _check_data, _warn, data_remarks
 from sac_lit.toy_city import render
 
 
@@ -203,6 +204,29 @@ def test_a_training_says_it_once(streets):
     for _ in range(2): _warn(run, "source", data)
     assert len(run.said) == len(run.kept) == 1 and "road" in run.said[0]
     assert run.kept[0]["event"] == "warning" and run.said[0].startswith("warning: source: ")
+
+
+@pytest.mark.parametrize("main, steps, looks", [(True, 0, 3), (True, 1, 0), (False, 0, 0)])
+def test_only_the_main_process_looks_and_only_before_the_first_step(
+        monkeypatch, main, steps, looks):
+    asked = []
+    monkeypatch.setattr(run_data, "_warn", lambda run, name, data: asked.append(name))
+    rows = [{"event": "step"}] * steps
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=main), agreed=lambda x: x,
+                          rows=lambda **match: rows)
+    _check_data(run, {"source": None, "target": None, "val": None})
+    assert len(asked) == looks
+
+
+def test_what_stops_the_main_process_stops_all(monkeypatch):
+    "The others hear of it where they wait for its answer."
+    def refuse(run, name, data): raise UserError("no pixel has a class")
+    monkeypatch.setattr(run_data, "_warn", refuse)
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), agreed=lambda x: x,
+                          rows=lambda **match: [])
+    assert message(_check_data, run, {"source": None}) == "no pixel has a class"
+    run.accelerator.is_main_process, run.agreed = False, lambda x: "no pixel has a class"
+    assert message(_check_data, run, {"source": None}) == "no pixel has a class"
 
 
 def test_a_training_of_nothing_does_not_begin(streets):

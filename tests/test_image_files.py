@@ -229,3 +229,18 @@ def test_names_that_are_not_utf8(tmp_path):
     try: path.write_bytes(b"")
     except OSError: pytest.skip("a file system that takes no such name")
     message(open_image, path).encode()                    # can be printed
+
+
+def test_a_tiff_whose_strips_end_too_early_is_damaged(tmp_path, recwarn):
+    "A flipped bit in its height: Pillow would fill up the rest, and warn of the odd tag."
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((24, 40, 3), 7, np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    assert open_image(path).size == (40, 24)
+    for place, bit in ((26, 2), (31, 16), (18, 64)):  # length and value of the height; the width
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1:])
+        with pytest.raises(FileError, match=r"a.tif: is damaged") as e: open_image(path)
+        assert "\n" not in str(e.value)
+    for compression in (None, "tiff_lzw", "packbits", "tiff_deflate", "jpeg"):
+        Image.fromarray(np.full((240, 400, 3), 7, np.uint8)).save(path, compression=compression)
+        assert open_image(path).size == (400, 240)

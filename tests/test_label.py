@@ -18,7 +18,7 @@ from sac_lit.core import ASIDE, CLASSES, fingerprint, generator, UserError
 from sac_lit.datasets import open_dataset
 from sac_lit.deeplabv2 import build_model, SegmentationModel
 from sac_lit.label import find_inputs, id_values, label_images, overlay
-from sac_lit.outputs import Outputs, RECORD
+from sac_lit.outputs import at_work, Outputs, RECORD
 from sac_lit.predict import main, predict, predict_with_confidence
 from sac_lit.toy_city import write_dataset
 from sac_lit.video import label_video, read_video, video_writer
@@ -389,7 +389,7 @@ def test_label_command(network, video, capsys):
             f"labelled: images: 2 {words}\nlabelled: frames of in/sub/v.mp4: 40 {words}\n")
     made = {p.as_posix() for p in Path("labelled").rglob("*.*") if "v/" not in p.as_posix()}
     assert made == {f"labelled/{p}" for p in (
-        RECORD, "summary.csv", "labels/a.png", "labels/sub/b.png",
+        RECORD, ".sac_lit.lock", "summary.csv", "labels/a.png", "labels/sub/b.png",
         "overlays/a.jpg", "overlays/sub/b.jpg", "overlays/sub/v.mp4")}
     anew = "anew because the options changed"
     assert said(["label", "toy.pth", "in", "--ids", "cityscapes"], capsys) == (
@@ -640,6 +640,22 @@ def test_outputs_beside_their_inputs(model, capsys):
     assert names_in("in") == ["labels", "overlays", RECORD, "summary.csv", "x.png"]
 
 
+def test_two_at_once(network, model, city, capsys):
+    "The second gets a sentence and changes nothing; afterwards, what the first wrote is current."
+    write("in/a.png", picture(1))
+    commands = [["label", "model", "in", "--out", "out"],
+                ["submit", "model", str(city), "--split", "val", "--out", "out"]]
+    first, late = Outputs(Path("out")), Outputs(Path("out"))
+    with at_work(first, "label"):
+        before = contents(".")
+        for argv in commands: assert "out: another process writes there" in refused(argv, capsys)
+        assert contents(".") == before
+        jobs = {Path("in/a.png"): {"labels": Path("out/labels/a.png")}}
+        assert label_images(network, jobs, first) == {"labelled": 1}
+    with at_work(late, "label"): assert "labels/a.png" in late.lines
+    assert said(commands[0], capsys) == "out: images: 1 already there\n"
+
+
 def test_a_corrected_label_map_is_kept(model, capsys):
     some_jobs(1)
     main(["label", "model", "in"])
@@ -785,7 +801,7 @@ def test_submit_command(network, city, capsys):
 def test_submit_packs_what_it_has_checked(network, model, city, capsys):
     argv = ["submit", "model", str(city), "--split", "val", "--out", "sac"]
     assert "sac: 4 labelled" in said(argv, capsys)
-    maps = [name for name in names_in("sac") if name != RECORD]
+    maps = [name for name in names_in("sac") if name.endswith(".png")]
     write("sac/other_leftImg8bit.png", picture())
     changed = Path("sac", maps[0])
     changed.write_bytes(b"")

@@ -15,9 +15,17 @@ import torch
 from jobs import ENV, log, MODULE, SMALL, start, train, wait_for, wait_for_log, weights
 from safetensors.torch import save_file
 
+from sac_lit import core
 from sac_lit.config import Config, load_config, SACConfig
 from sac_lit.core import ASIDE, UserError
-from sac_lit.loop import _resume, checkpoints, load_checkpoint, Progress, save_checkpoint
+from sac_lit.loop import (
+    _resume,
+    checkpoints,
+    load_checkpoint,
+    Progress,
+    run_stage,
+    save_checkpoint,
+)
 from sac_lit.runs import lock_folder, open_run
 from sac_lit.train import _read_frequencies, main
 
@@ -367,6 +375,25 @@ def test_what_is_no_log_stops_no_resume(saved, make):
     assert "set aside as log.jsonl.damaged" in said[0]
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "seconds.json"])
+def test_a_pipe_in_the_place_of_a_log_is_set_aside_before_anything_is_read(saved, name, capfd):
+    run, _ = saved
+    (run.folder / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder / name)
+    again = open_run(run.cfg)
+    again.log({"event": "step", "stage": "abn", "step": 3})
+    assert f"set aside as {name}.damaged" in capfd.readouterr().out
+    assert again.rows()[-1]["step"] == 3 and again.seconds() == {}
+
+
+def test_a_checkpoint_of_another_network_gets_one_sentence(saved):
+    run, state = saved
+    with pytest.raises(UserError, match="abn_0000002: not of this run .RuntimeError"):
+        load_checkpoint(run, "abn", {**state, "model": torch.nn.Linear(3, 2)})
+    with pytest.raises(UserError, match="abn_0000002: not of this run .KeyError"):
+        load_checkpoint(run, "abn", {**state, "prior": torch.nn.Linear(3, 2)})
+
+
 def spoil(path, how):
     "Put something else in the place of a checkpoint."
     state = path / "state.pt"
@@ -457,6 +484,21 @@ Path("{tmp_path}/done").touch()
     assert process.wait(60) == 0 and (tmp_path / "done").exists()
 
 
+def test_without_a_terminal_a_stage_says_a_line_a_minute(tmp_path, monkeypatch):
+    "With losses, rate, and the time that is left; 100 steps of four seconds."
+    clock, said = [0.], []
+    monkeypatch.setattr(core.time, "monotonic", lambda: clock[0])
+    run = open_run(Config(name="slow", runs=str(tmp_path), log_every=5))
+    run.say = said.append
+    def losses(start):
+        for _ in range(start, 100):
+            clock[0] += 4
+            yield {"loss": torch.tensor(.5)}
+    run_stage(run, "fit", 100, losses, {"model": torch.nn.Linear(2, 2)}, lambda step: "")
+    assert said[0] == "fit 15/100 loss 0.500: 4.0 seconds each, 6 min left"
+    assert len(said) == 7 and said[-1] == "fit 100/100"
+
+
 def test_damaged_frequencies_are_counted_again(tmp_path):
     path = tmp_path / "class_frequency.safetensors"
     assert _read_frequencies(path, (4, 3)) is None
@@ -466,6 +508,12 @@ def test_damaged_frequencies_are_counted_again(tmp_path):
     save_file({"frequency": torch.ones(4, 3)}, path)
     assert _read_frequencies(path, (4, 3)).sum() == 12
     assert _read_frequencies(path, (5, 3)) is None
+    for wrong in (torch.full((4, 3), torch.nan), -torch.ones(4, 3), torch.ones(4, 3).double()):
+        save_file({"frequency": wrong}, path)
+        assert _read_frequencies(path, (4, 3)) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert _read_frequencies(path, (4, 3)) is None
 
 
 @pytest.fixture

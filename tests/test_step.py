@@ -44,11 +44,11 @@ def board_step():
     return found["board_step"]
 
 
-def batch(seed, groups=2, crops=2, classes=19):
+def batch(seed, groups=2, crops=2, classes=19, sources=2):
     "Source images and labels, and groups of views, of random numbers."
     rng = generator(seed, "batch")
-    images = torch.randn(2, 3, *SIZE, generator=rng)
-    labels = torch.randint(classes, (2, *SIZE), generator=rng)
+    images = torch.randn(sources, 3, *SIZE, generator=rng)
+    labels = torch.randint(classes, (sources, *SIZE), generator=rng)
     labels[:, :4] = 255
     clean = torch.randn(groups, crops + 1, 3, *SIZE, generator=rng)
     noisy = clean + .1 * torch.randn(clean.shape, generator=rng)

@@ -250,6 +250,14 @@ def test_two_writers_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
 
 
+@pytest.mark.parametrize("content, why", [
+    (b"\xff\xfe", "not UTF-8"), (b"", "other settings"), (b"null", "other settings")])
+def test_a_damaged_record_gets_one_sentence(tmp_path, content, why):
+    root = write_dataset(tmp_path/"toy", "gta5", "source", **SMALL)
+    (root/"toy_city.json").write_bytes(content)
+    with pytest.raises(UserError, match=why): write_dataset(root, "gta5", "source", **SMALL)
+
+
 def test_command_line(tmp_path, capsys):
     main(
         [

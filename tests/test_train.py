@@ -2,17 +2,20 @@
 own, killed and resumed, and with bad input."""
 import json
 import re
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, MLflowTracker
 from house import answer
 from jobs import command, log, SMALL, train, weights
 from PIL import Image
 
 from sac_lit.config import ABNConfig, Config, SACConfig
 from sac_lit.core import UserError
+from sac_lit.runs import _NAMED_BY
 from sac_lit.toy_city import render
 from sac_lit.train import check_shares, lr_factor, warnings_in
 
@@ -151,6 +154,50 @@ def test_tracker(finished):
     assert [s.step for s in events.Scalars("abn/loss_source")] == [2, 4, 6]
     assert [s.step for s in events.Scalars("sac/loss_target")] == [8, 10, 12]
     assert events.Images("sac/views")
+
+
+KEEPER = """
+import json
+from accelerate.tracking import GeneralTracker
+
+class Keeper(GeneralTracker):
+    name, requires_logging_directory, tracker = "keeper", False, None
+
+    def log(self, values, step=None, **kwargs):
+        with open("tracked.jsonl", "a") as file: file.write(json.dumps([step, values]) + "\\n")
+
+    def log_images(self, values, step=None, **kwargs):
+        self.log({name: list(x.shape[:2]) for name, x in values.items()}, step)
+"""
+
+
+def test_what_a_tracker_gets(finished):
+    "All numbers of the log, those of classes by their names; learning rates; and the views."
+    cwd, _ = finished
+    (cwd / "keeper.py").write_text(KEEPER)
+    done = train(cwd, "--name", "kept", "--tracker", "keeper:Keeper", "--abn.schedule", "poly")
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in (cwd / "tracked.jsonl").read_text().splitlines():
+        step, values = json.loads(line)
+        for name, x in values.items(): found.setdefault(name, {})[step] = x
+    assert list(found["abn/loss_source"]) == [2, 4, 6] and found["sac/views"] == {
+        9: [1, 3], 12: [1, 3]}
+    for name in ("accepted", "prior", "threshold"):
+        rows = [row for row in log(cwd, "kept", stage="sac") if name in row]
+        assert found[f"sac/{name}/car"] == {6 + r["step"]: r[name][13] for r in rows}
+    for network in ("student", "momentum"):
+        *_, last = log(cwd, "kept", stage="sac", event="evaluation", network=network)
+        assert found[f"sac/{network}/miou"][12] == last["miou"]
+        assert found[f"sac/{network}/iou/road"][12] == last["iou"][0]
+    falling = list(found["abn/lr/weights"].values())
+    assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1] > 0
+    assert found["sac/lr/biases"][8] == 2 * found["sac/lr/weights"][8] > 0
+
+
+def test_trackers_that_have_a_place_for_the_name_of_a_run():
+    assert {*_NAMED_BY} <= {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    assert _NAMED_BY["mlflow"] in signature(MLflowTracker.__init__).parameters
 
 
 # ---------------------------------------------------------------- what is one's own
