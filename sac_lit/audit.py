@@ -28,10 +28,14 @@ from sac_lit.core import (
     colorize,
     colors_of,
     IGNORE_INDEX,
+    in_a_line,
     lookup,
     NAMES,
     printable,
     progress,
+    read_text,
+    regular_file,
+    remove,
     UserError,
     written_aside,
 )
@@ -385,16 +389,32 @@ def cached(dataset: SegmentationDataset,
             unfinished = place.with_suffix(".partial")
             _fill(dataset, unfinished, workers)
             os.replace(unfinished, place)
-    return CachedDataset(dataset, place)
+    found = CachedDataset(dataset, place)
+    _check_cache(found)
+    return found
+
+def _check_cache(dataset: CachedDataset) -> None:
+    "Raises `UserError` where a cache has been damaged since it was written."
+    for name in ("image", *["label"] * bool(dataset.labels)):
+        path = dataset.place/f"{name}.npy"
+        try:
+            length = len(np.load(regular_file(path), mmap_mode="r", allow_pickle=False))
+            if length != len(dataset): raise ValueError(f"it holds {length} images")
+            dataset[len(dataset) - 1]
+        except Exception as e:                        # what is damaged may raise anything
+            raise UserError(f"{path}: damaged ({in_a_line(e, 80)}); delete the folder "
+                            f"{dataset.place}, and it is made anew") from None
 
 def _fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
     "Decode a data set into a folder, from where an earlier attempt stopped."
     place.mkdir(parents=True, exist_ok=True)
     count, done = len(dataset), place/"done"
     size = dataset.size or open_bands(dataset.images[0], dataset.bands)[0].size[::-1]  # (h, w)
-    arrays = {"image": _mapped(place/"image.npy", (count, dataset.bands.count, *size))}
-    if dataset.labels: arrays["label"] = _mapped(place/"label.npy", (count, *size))
-    start = int(done.read_text()) if done.exists() else 0
+    shapes = {place/"image.npy": (count, dataset.bands.count, *size)}
+    if dataset.labels: shapes[place/"label.npy"] = count, *size
+    whole = all(_is_array(*file) for file in shapes.items())
+    arrays = {path.stem: _mapped(path, shape) for path, shape in shapes.items()}
+    start = _done_before(done, count) if whole else 0
     samples = torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(start, count), num_workers=workers)
     for i, sample in enumerate(progress(samples, len(samples)), start):
@@ -402,6 +422,12 @@ def _fill(dataset: SegmentationDataset, place: Path, workers: int) -> None:
         for name, array in arrays.items(): array[i] = sample[name].numpy()
         if i % 64 == 63: _note(done, i + 1, arrays)
     _note(done, count, arrays)
+
+def _done_before(done: Path, count: int) -> int:
+    "How many images an earlier attempt has decoded; 0 where its note is missing or damaged."
+    try: found = int(read_text(done, most=20))
+    except (UserError, ValueError): return 0
+    return found if 0 <= found <= count else 0
 
 def _note(done: Path, count: int, arrays: dict) -> None:
     "Write down how many images are on the disk."
@@ -413,10 +439,13 @@ def _other_size(dataset: SegmentationDataset, i: int) -> UserError:
                      "and images of any size cannot share a cache; "
                      "give --data.source-size and --data.target-size")
 
+# %% ../nbs/01a_audit.ipynb #269ee591
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     "A file of bytes mapped into memory. `UserError` where the disk has no room for it."
     try:
-        if not path.exists(): np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if not _is_array(path, shape):
+            remove(path)
+            np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         _reserve(path)
     except OSError as e:
         path.unlink(missing_ok=True)
@@ -424,6 +453,12 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise UserError(f"{path}: no room for {size} ({e.strerror}); free the disk, "
                         "or name another folder with --data.cache") from None
     return np.load(path, mmap_mode="r+")
+
+def _is_array(path: Path, shape: tuple[int, ...]) -> bool:
+    "Whether a file holds bytes of this shape, as far as its beginning and its length say."
+    try: array = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
+    except Exception: return False                    # what is damaged may raise anything
+    return isinstance(array, np.ndarray) and (array.shape, array.dtype) == (shape, np.uint8)
 
 def _reserve(path: Path) -> None:
     "Take the room of a file now: a disk that is full later would end the process."

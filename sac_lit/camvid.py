@@ -36,6 +36,8 @@ from sac_lit.core import (
     generator,
     lookup,
     progress,
+    read_json,
+    regular_file,
     UserError,
     written_aside,
 )
@@ -197,7 +199,7 @@ def download(archive: Archive,
             ) -> Path:    # the same
     "The whole, checked archive: as it is there, or from the web. Raises `UserError`."
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists(): return _checked(archive, path, path)
+    if os.path.lexists(path): return _checked(archive, path, path)
     part = path.with_name(path.name + ".part")
     there = _bytes_in(part)
     while there < archive.size:
@@ -211,7 +213,8 @@ def download(archive: Archive,
     return path
 
 def _bytes_in(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    "How large a file is; 0 where there is none. `UserError` for a pipe and the like."
+    return regular_file(path).stat().st_size if os.path.lexists(path) else 0
 
 def _fetch_rest(archive: Archive, part: Path, start: int) -> str:
     "Append what follows the first `start` bytes; the reason why there is no more."
@@ -231,7 +234,7 @@ def _fetch_rest(archive: Archive, part: Path, start: int) -> str:
 # %% ../nbs/01c_camvid.ipynb #82224488
 def _md5_of_first(archive: Archive, file: Path) -> str:
     "Checksum of as many of a file's bytes as that of the archive is of."
-    with open(file, "rb") as f: return hashlib.md5(f.read(archive.first)).hexdigest()
+    with open(regular_file(file), "rb") as f: return hashlib.md5(f.read(archive.first)).hexdigest()
 
 def _checked(archive: Archive, file: Path, path: Path) -> Path:
     "The file, if size and checksum are right; else it is set aside, and `UserError` raised."
@@ -254,12 +257,12 @@ def unpack(path: Path,    # a .tgz archive
           ) -> Path:      # the folder
     "Unpack an archive, all or nothing. Raises `UserError` where it is damaged or unsafe."
     try:
-        with written_aside(folder) as aside, gzip.open(path) as stream:
+        with written_aside(folder) as aside, gzip.open(regular_file(path)) as stream:
             aside.mkdir()
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 tar.extractall(aside, filter="data")
             while stream.read(2**20): pass    # to gzip's own checksum, at the end
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as e:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, ValueError, zlib.error) as e:
         raise UserError(f"{path}: damaged or unsafe ({e}); replace it") from e
     return folder
 
@@ -416,8 +419,10 @@ class _Prepare:
     root: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ROOT]")] = None
 
     def run(self) -> None:
-        folder = camvid_folder(self.root)
-        frames = json.loads((folder/_MARK).read_text())["frames"]
+        folder, kind = camvid_folder(self.root), "another folder, or delete this one"
+        frames = read_json(folder/_MARK, kind).get("frames")
+        if not isinstance(frames, dict):
+            raise UserError(f"{folder/_MARK}: damaged, or not what is expected; give {kind}")
         lines = [f"  {part:<9}{count} frames" for part, count in frames.items()]
         print(folder, *lines, sep="\n")
 

@@ -7,7 +7,7 @@ __all__ = ['IGNORE_INDEX', 'CLASSES', 'NAMES', 'LEFT_OUT', 'ASIDE', 'SemanticCla
            'use_style', 'literal', 'class_legend', 'show', 'ConfusionMatrix', 'evaluate', 'subset_means', 'class_bars',
            'seed_of', 'generator', 'UserError', 'lookup', 'printable', 'in_a_line', 'fingerprint', 'flush', 'remove',
            'written_aside', 'regular_file', 'read_text', 'read_json', 'result_file', 'Stopped', 'clean_exit',
-           'optional', 'ahead', 'watched', 'progress']
+           'optional', 'ahead', 'watched', 'progress', 'Pace']
 
 # %% ../nbs/00_core.ipynb #8e22b476
 import difflib
@@ -21,9 +21,10 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -437,6 +438,36 @@ def watched() -> bool:
 def progress(items: Iterable,
              total: int | None = None,  # how many; None: unknown
             ) -> Iterable:
-    "The same items, with a bar where someone is watching."
-    if not watched() or total == 0: return items
+    "The same items, with a bar where someone is watching, else with a line a minute."
+    if total == 0 or "IN_TEST" in os.environ: return items
+    if not watched(): return _by_the_minute(items, total)
     return progress_bar(items, total="noinfer" if total is None else total, leave=False)
+
+class Pace:
+    "Once a minute: how fast something goes, and how long it will still take."
+    def __init__(self, total: int | None = None,  # how many there are; None: unknown
+                 done: int = 0):                  # of these, before now
+        self.total, self.before = total, done
+        self.began = self.said = time.monotonic()
+
+    def due(self, done: int) -> str:
+        "The rate and the time that is left; empty where the last minute has not passed."
+        now = time.monotonic()
+        if now - self.said < 60: return ""
+        self.said, rate = now, max(1e-9, (done - self.before) / (now - self.began))
+        text = f"{rate:.3g} a second" if rate > 1 else f"{1 / rate:.1f} seconds each"
+        return f"{text}, {_duration((self.total - done) / rate)} left" if self.total else text
+
+def _duration(seconds: float) -> str:
+    "A time in words: seconds below two minutes, minutes below two hours, else hours."
+    if seconds < 120: return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+def _by_the_minute(items: Iterable, total: int | None) -> Iterator:
+    "The same items, with a line a minute on the standard error output."
+    pace = Pace(total)
+    for n, item in enumerate(items, 1):
+        yield item
+        if not (text := pace.due(n)): continue
+        with suppress(OSError):                       # nobody reads it any more
+            print(f"{n}{f' of {total}' if total else ''}: {text}", file=sys.stderr, flush=True)

@@ -222,10 +222,35 @@ ARCHS = {  # the networks by name: classes that take `num_classes`, or where one
     "deeplabv2_tiny": DeepLabTiny,
     "deeplabv2_timm": "sac_lit.encoders:DeepLabTimm"}
 
-# %% ../nbs/02_deeplabv2.ipynb #59d3e8be
+# %% ../nbs/02_deeplabv2.ipynb #6694973e
 _MODEL_CARD = "sac_lit.card:model_card"  # a page of its own
 
-class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
+class _Described:
+    "What a network says of itself, which is kept with it on disk."
+    def set_inference_size(self, size: tuple[int, int] | None) -> None:  # height and width
+        "How large images are to be when the network sees them; None: as they are. Saved with it."
+        self.inference_size = size and tuple(size)
+        self._hub_mixin_config["inference_size"] = self.inference_size
+
+    def set_band_range(self, ends: tuple[float, float] | None) -> None:
+        "Which values are black and white in images of more than 8 bits. Saved with it."
+        self.band_range = ends
+        self.band_range = bands_of(self).range
+        _note_bands(self, self._hub_mixin_config)
+
+    def describe(self, **facts) -> None:  # strings, numbers, and dictionaries of them
+        "Note what is known of its training, for the model card and exports. Saved with it."
+        self.about = {**self.about, **facts}
+        self._hub_mixin_config["about"] = self.about
+        if not self.about: del self._hub_mixin_config["about"]     # as in folders of old
+
+    def generate_model_card(self, **facts):  # huggingface_hub's `ModelCard`
+        "The README.md that `save_pretrained` and `push_to_hub` put beside the weights."
+        model_card = lookup({}, _MODEL_CARD, "model card")
+        return model_card(self, {**self.about, **facts}, self._hub_mixin_info.model_card_data)
+
+# %% ../nbs/02_deeplabv2.ipynb #59d3e8be
+class SegmentationModel(_Described, nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
                         tags=["image-segmentation"]):
     "A segmentation network by name; `save_pretrained` and `from_pretrained` keep it on disk."
     def __init__(self,
@@ -255,28 +280,6 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin, library_name="sac_lit",
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.backbone(images)
-
-    def set_inference_size(self, size: tuple[int, int] | None) -> None:  # height and width
-        "How large images are to be when the network sees them; None: as they are. Saved with it."
-        self.inference_size = size and tuple(size)
-        self._hub_mixin_config["inference_size"] = self.inference_size
-
-    def set_band_range(self, ends: tuple[float, float] | None) -> None:
-        "Which values are black and white in images of more than 8 bits. Saved with it."
-        self.band_range = ends
-        self.band_range = bands_of(self).range
-        _note_bands(self, self._hub_mixin_config)
-
-    def describe(self, **facts) -> None:  # strings, numbers, and dictionaries of them
-        "Note what is known of its training, for the model card and exports. Saved with it."
-        self.about = {**self.about, **facts}
-        self._hub_mixin_config["about"] = self.about
-        if not self.about: del self._hub_mixin_config["about"]     # as in folders of old
-
-    def generate_model_card(self, **facts):  # huggingface_hub's `ModelCard`
-        "The README.md that `save_pretrained` and `push_to_hub` put beside the weights."
-        model_card = lookup({}, _MODEL_CARD, "model card")
-        return model_card(self, {**self.about, **facts}, self._hub_mixin_info.model_card_data)
 
     @classmethod
     def from_pretrained(cls,

@@ -9,6 +9,7 @@ __all__ = ['CURVE', 'look', 'networks_of', 'choose', 'propose', 'main']
 import base64
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,16 @@ from matplotlib import colormaps
 from PIL import Image
 
 from .config import Config, load_config, STAGES
-from .core import clean_exit, colorize, colors_of, progress, UserError, written_aside
+from sac_lit.core import (
+    clean_exit,
+    colorize,
+    colors_of,
+    printable,
+    progress,
+    regular_file,
+    UserError,
+    written_aside,
+)
 from .datasets import SegmentationDataset
 from .deeplabv2 import SegmentationModel
 from .fast import speed_up
@@ -86,7 +96,8 @@ def propose(folder: tyro.conf.Positional[Path],  # of a run, such as runs/toy
     uncertainty, shares = (np.array(x) for x in zip(*seen))           # (N,), (N, C)
     chosen = choose(uncertainty, shares, count, labelled)
     names = [images.images[i].relative_to(cfg.data.target_root).as_posix() for i in chosen]
-    with written_aside(folder / "to_label.txt") as tmp: tmp.write_text("\n".join(names) + "\n")
+    with written_aside(folder / "to_label.txt") as tmp:
+        tmp.write_bytes(os.fsencode("\n".join(names) + "\n"))     # names as they are, UTF-8 or not
     _write_page(folder, images, chosen, names, networks)
     return folder / "to_label.txt"
 
@@ -96,8 +107,8 @@ def _candidates(folder: Path, cfg: Config) -> tuple[SegmentationDataset, list[in
     evaluated = {path.resolve() for path in (val.images if val else ())}
     images.images = [path for path in images.images if path.resolve() not in evaluated]
     path, root = folder / "target_labels.txt", Path(cfg.data.target_root)
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = {root / line for line in lines}
+    lines = os.fsdecode(regular_file(path).read_bytes()) if os.path.lexists(path) else ""
+    known = {root / line for line in lines.splitlines()}
     return images, [i for i, path in enumerate(images.images) if path in known]
 
 # %% ../nbs/09a_few_labels.ipynb #f186af84
@@ -134,7 +145,7 @@ def _write_page(folder: Path, images: SegmentationDataset, chosen: list[int], na
         most = by_class.argsort(descending=True)[:3].tolist()
         classes = ", ".join(images.names[c] for c in most)
         strip = _strip(image, entropy, probs, images.names)
-        shown.append((name, f"{entropy.mean():.2f}", classes, strip))
+        shown.append((printable(name), f"{entropy.mean():.2f}", classes, strip))
     page = Environment(autoescape=True).from_string(_PAGE).render(
         title=f"To label for {folder.name}", images=shown)
     with written_aside(folder / "to_label.html") as tmp: tmp.write_text(page, encoding="utf-8")

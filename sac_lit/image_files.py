@@ -7,6 +7,7 @@ __all__ = ['MOST_PIXELS', 'LABEL_SUFFIXES', 'LOSSY_SUFFIXES', 'FileError', 'open
            'read_class_table', 'read_lines', 'read_numbers', 'unknown_error', 'spans']
 
 # %% ../nbs/00c_image_files.ipynb #28ac76f8
+import logging
 import math
 import os
 import re
@@ -46,6 +47,8 @@ _MOST_BYTES = 1 << 31  # of its file
 _FORMATS = "PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM"
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # bounded here
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # a file's odd tags,
+logging.getLogger("PIL").addHandler(logging.NullHandler())                # of which we say enough
 
 def open_image(path: Path,
                low_byte=False,  # of 16-bit colours keep this, not the high one
@@ -55,6 +58,7 @@ def open_image(path: Path,
     try:
         with Image.open(regular_file(path, _MOST_BYTES), formats=_FORMATS) as picture:
             _check_pixels(path, picture.size, most)
+            if picture.format == "TIFF": _check_strips(path, picture)
             if low_byte: _keep_low_bytes(picture)
             picture.load()
             return picture
@@ -66,6 +70,15 @@ def open_image(path: Path,
 
 def _check_pixels(path, size, most: int = MOST_PIXELS) -> None:
     if math.prod(size) > most: raise _too_large(path, most, " x ".join(map(str, size)))
+
+def _check_strips(path, picture: Image.Image) -> None:
+    "Raises `FileError` where the parts of a TIFF end above its last row, which Pillow fills up."
+    ends = [part[1][2:] for part in picture.tile]     # right and lower ends
+    reached = [max((end[k] for end in ends), default=0) for k in (0, 1)]
+    if any(there < asked for there, asked in zip(reached, picture.size)):
+        there, asked = (" x ".join(map(str, size)) for size in (reached, picture.size))
+        raise FileError(f"{path}: is damaged (it holds {there} of {asked} pixels); replace it, "
+                        "for example from its archive")
 
 def _too_large(path, most: int, size="too many") -> FileError:
     return FileError(f"{path}: {size} pixels, where at most {most} are read; "

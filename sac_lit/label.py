@@ -37,7 +37,7 @@ from sac_lit.core import (
 )
 from .datasets import FileError, open_dataset, read_image, SegmentationDataset, SUFFIXES
 from .deeplabv2 import SegmentationModel
-from .outputs import check_apart, check_folder, check_ours, Outputs, stamp, summary
+from .outputs import at_work, check_apart, check_folder, check_ours, Outputs, stamp, summary
 from .predict import made_by, MOST_PIXELS, predict_with_confidence, PredictOptions
 
 # %% ../nbs/10b_label.ipynb #253e7de7
@@ -93,25 +93,26 @@ def label_images(model: SegmentationModel,
                 ) -> Counter:  # how many were labelled, and why; how many are there already
     "Label images to files. Raises `UserError` in the end where some could not be read."
     values, left_out = id_values(ids, model.names), []
+    how = made_by(model, ids=ids, scales=scales, flip=flip)
     _check_files(outputs, jobs)
-    outputs.start("label")
-    todo = _todo(outputs, jobs, made_by(model, ids=ids, scales=scales, flip=flip))
 
     def labelled(path, image):  # (3, H, W) -> twice (H, W); an error stays what it is
         if isinstance(image, UserError): return image
         try: return predict_with_confidence(model, image, scales, flip)
         except UserError as e: return FileError(f"{path}: {e}")
 
-    bands = bands_of(model)
-    images = ahead((path, _read_image(path, bands)) for path in todo)
-    results = ahead((path, image, labelled(path, image)) for path, image in images)
-    for path, image, result in progress(results, len(todo)):
-        if isinstance(result, UserError):
-            left_out.append(result)
-            continue
-        why, origin = todo[path]
-        write_result(outputs, jobs[path], path, origin, image, *result, values, model.names)
-        outputs.done[why] += 1
+    with at_work(outputs, "label"):
+        todo = _todo(outputs, jobs, how)
+        bands = bands_of(model)
+        images = ahead((path, _read_image(path, bands)) for path in todo)
+        results = ahead((path, image, labelled(path, image)) for path, image in images)
+        for path, image, result in progress(results, len(todo)):
+            if isinstance(result, UserError):
+                left_out.append(result)
+                continue
+            why, origin = todo[path]
+            write_result(outputs, jobs[path], path, origin, image, *result, values, model.names)
+            outputs.done[why] += 1
     if left_out:
         raise UserError(f"{len(left_out)} of {len(todo)} images left out: {left_out[0]}")
     return outputs.done
@@ -223,14 +224,20 @@ def submission(model: SegmentationModel,
               ) -> Path:                          # the archive
     "Label a split of Cityscapes and pack the result for its server."
     outputs, jobs, archive = _plan_submission(data, out)
-    label_images(model, jobs, outputs, "cityscapes", scales, flip)
-    print(f"{out}: {summary(outputs.done)}")
-    with outputs.written([archive], None, {}) as (aside,), zipfile.ZipFile(aside, "w") as packed:
-        for path in (files["labels"] for files in jobs.values()):
+    with at_work(outputs, "label"):
+        label_images(model, jobs, outputs, "cityscapes", scales, flip)
+        print(f"{out}: {summary(outputs.done)}")
+        with outputs.written([archive], None, {}) as (aside,):
+            _pack(outputs, [files["labels"] for files in jobs.values()], aside)
+    return archive
+
+def _pack(outputs: Outputs, files: list[Path], archive: Path) -> None:
+    "Write an archive of what was written, and of nothing else."
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in files:
             if outputs.line(path) is None:
                 raise UserError(f"{path}: was changed since it was written; start again")
             packed.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
-    return archive
 
 def _plan_submission(data: SegmentationDataset, out: Path) -> tuple[Outputs, dict, Path]:
     "Where label maps and archive go. Raises `UserError` where they must not go there."
@@ -263,11 +270,17 @@ class Label(PredictOptions):
         "Label what there is, images first."
         how, outputs = {"ids": self.ids, **self.how()}, Outputs(Path(self.out))
         if self.geotiff: optional("rasterio", "geo")           # raises where it is missing
+        if outputs.record.exists():
+            with at_work(outputs, "label"): pass                # says at once that another one is
         images, videos = self._jobs(find_inputs(self.inputs, outputs.folder), outputs)
         _check_all(outputs, images, videos)
         model = self.load()
         id_values(self.ids, model.names)                       # refuses before anything is written
-        outputs.start("label")
+        with at_work(outputs, "label"): self._label(model, images, videos, outputs, how)
+
+    def _label(self, model: SegmentationModel, images: dict, videos: dict, outputs: Outputs,
+               how: dict) -> None:
+        "Write label maps and table. Raises `UserError` in the end where something failed."
         tasks = {"images": partial(label_images, model, images, outputs, **how)} if images else {}
         for path, files in videos.items():
             label_video = lookup({}, "sac_lit.video:label_video", "video")
@@ -299,6 +312,7 @@ class Label(PredictOptions):
                                 if kind in (*asked, *more) or outputs.line(p)}
         return images, videos
 
+# %% ../nbs/10b_label.ipynb #15f771d9
 def _check_all(outputs: Outputs, images: dict, videos: dict) -> None:
     "Raises `UserError` where something must not be written, or nothing into its folder."
     made = [(path, source) for jobs in (images, videos) for source, files in jobs.items()

@@ -26,7 +26,16 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from .config import differences, only_longer, settings
-from .core import flush, progress, Stopped, UserError, watched, written_aside
+from sac_lit.core import (
+    flush,
+    in_a_line,
+    Pace,
+    progress,
+    Stopped,
+    UserError,
+    watched,
+    written_aside,
+)
 from .datasets import SegmentationDataset
 from .importance_sampling import epoch_index, StepSampler
 from .runs import Run
@@ -215,7 +224,11 @@ def load_checkpoint(run: Run, stage: str, state: dict) -> None:
         if saved["versions"] != _versions():
             run.say(f"{path}: written with {saved['versions']}, continued with {_versions()}; "
                     "the last digits may differ")
-        for name, part in state.items(): part.load_state_dict(saved["state"][name])
+        try:
+            for name, part in state.items(): part.load_state_dict(saved["state"][name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as e:  # half of it may be loaded
+            raise UserError(f"{path}: not of this run ({in_a_line(e, 100)}); take it away, "
+                            "and give the same command again") from e
         return
 
 def _set_aside(run: Run, path: Path, error: Exception) -> None:
@@ -243,7 +256,7 @@ def run_stage(run: Run,
     due = lambda step: step == steps or eval_every and step % eval_every == 0
     show = run.accelerator.is_main_process and watched()
     bar = progress(range(start, steps), steps - start) if show else range(start, steps)
-    text = score = ""
+    text, score, pace = "", "", Pace(steps, start)
     with _ending(run, stage, steps, state):
         missing = start and due(start) and not run.rows(event="evaluation", stage=stage, step=start)
         if run.agreed(missing): score = evaluate(start)
@@ -251,12 +264,11 @@ def run_stage(run: Run,
             done.add(losses)
             step = done.step
             if step % cfg.log_every == 0 or step == steps:
-                text = _log_losses(run, stage, done)
+                text = _log_losses(run, stage, done, state.get("optimizer"))
                 watch()
-                if not show and step % (10 * cfg.log_every) == 0:
-                    run.say(f"{stage} {step}/{steps} {text}{score}")
             if due(step): score = evaluate(step)
             if show: bar.comment = f"{stage} {text}{score}"
+            elif how := pace.due(step): run.say(f"{stage} {step}/{steps} {text}{score}: {how}")
             if run.stopping(): raise Stopped(f"{stage}, step {step} of {steps}")
             if step % cfg.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, stage, state)
@@ -282,10 +294,13 @@ def _resume(run: Run, stage: str, state: dict) -> int:
     if start: run.say(f"{stage}: continued from step {start}")
     return start
 
-def _log_losses(run: Run, stage: str, done: Progress) -> str:
-    "Log the mean losses since the last line; the same as short text."
+def _log_losses(run: Run, stage: str, done: Progress, optimizer=None) -> str:
+    "Log the mean losses since the last line, track the learning rates; the losses as short text."
     means = done.means()
     run.log(dict(event="step", stage=stage, step=done.step, **means))
+    groups = enumerate(optimizer.param_groups if optimizer else ())
+    rates = {group.get("name", f"group {k}"): float(group["lr"]) for k, group in groups}
+    run.track(f"{stage}/lr", done.step, rates)
     totals = {k.removeprefix("loss_"): sum(v) if isinstance(v, list) else v
               for k, v in means.items()}
     return " ".join(f"{k} {v:.3f}" for k, v in totals.items())

@@ -10,6 +10,7 @@ __all__ = ['some_of', 'data_remarks', 'open_data', 'target_data', 'val_data', 'l
 # %% ../nbs/08f_run_data.ipynb #639ddb7b
 import hashlib
 import math
+import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from sac_lit.core import (
     evaluate,
     generator,
     NAMES,
+    regular_file,
     Stopped,
     UserError,
     written_aside,
@@ -118,6 +120,15 @@ def _warn(run: Run, name: str, dataset: SegmentationDataset | None) -> None:
         run.log(dict(event="warning", stage="data", step=0, text=text))
         run.say(f"warning: {text}")
 
+def _check_data(run: Run, data: dict[str, SegmentationDataset | None]) -> None:
+    "`_warn` of each data set: by the main process, and before the first step of the run only."
+    problem = ""
+    if run.accelerator.is_main_process and not run.rows(event="step"):
+        try:
+            for name, dataset in data.items(): _warn(run, name, dataset)
+        except UserError as e: problem = str(e)
+    if problem := run.agreed(problem): raise UserError(problem)
+
 # %% ../nbs/08f_run_data.ipynb #b220d144
 def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     """The data sets source, target and val; None where there is nothing to evaluate on.
@@ -133,7 +144,7 @@ def open_data(run: Run) -> dict[str, SegmentationDataset | None]:
     if d.target_labels:
         data["labelled"] = labelled_data(run.cfg, val)
         if run.accelerator.is_main_process: _note_frames(run, data["labelled"])
-    for name, dataset in {**data, "val": val}.items(): _warn(run, name, dataset)
+    _check_data(run, {**data, "val": val})
     if oracle: target_data(d, labels=True)  # that stage opens them again: are they all there?
     if d.cache: data = {k: cached(x, d.cache, d.workers) for k, x in data.items()}
     return {**data, "val": val}
@@ -239,11 +250,12 @@ def _note_frames(run: Run, labelled: SegmentationDataset) -> None:
     "Keep the list of labelled images with the run. `UserError` where it began with other ones."
     root, path = run.cfg.data.target_root, run.folder / "target_labels.txt"
     text = "".join(f"{p.relative_to(root).as_posix()}\n" for p in labelled.images)
-    if path.exists() and path.read_text() != text:
+    text = os.fsencode(text)                          # names as they are, UTF-8 or not
+    if os.path.lexists(path) and regular_file(path).read_bytes() != text:
         raise UserError(f"{path}: the run began with other labelled images than those of "
                         f"--data.target-labels {run.cfg.data.target_labels} now; "
                         "give another --name, or --fresh to start over")
-    with written_aside(path) as tmp: tmp.write_text(text)
+    with written_aside(path) as tmp: tmp.write_bytes(text)
 
 # %% ../nbs/08f_run_data.ipynb #dd5d3ee4
 class Recipe(NamedTuple):

@@ -144,19 +144,25 @@ class Log:
     accelerator: Accelerator
     folder: Path
     steps_before = 0  # steps of the stages before, for trackers, which know only one count
+    names = ()        # of the classes, by which trackers show what has a number for each
 
     def log(self, *rows: dict) -> None:
         "Append lines to log.jsonl, all or none, and to the tracker (main process only)."
         if not self.accelerator.is_main_process: return
         text = "".join(json.dumps(row) + "\n" for row in rows)
         with open(self.folder / "log.jsonl", "a") as file: file.write(text)
-        for row in rows if self.accelerator.trackers else (): self._track(row)
+        for row in rows:
+            place = [part for part in (row["stage"], row.get("network")) if part]
+            self.track("/".join(place), row["step"], row)
 
-    def _track(self, row: dict) -> None:
-        "Hand the numbers of a line to the tracker, as stage/network/name."
-        start = [part for part in (row["stage"], row.get("network")) if part]
-        numbers = {"/".join([*start, k]): v for k, v in row.items() if isinstance(v, float)}
-        if numbers: self.accelerator.log(numbers, step=self.steps_before + row["step"])
+    def track(self, place: str,    # before each name: "sac/student"
+              step: int,           # of the stage
+              numbers: dict,       # by name; a list with one for each class gets their names
+             ) -> None:
+        "Hand numbers to the tracker, as place/name or place/name/class."
+        if not self.accelerator.is_main_process or not self.accelerator.trackers: return
+        flat = {f"{place}/{name}": x for name, x in _by_class(numbers, self.names).items()}
+        if flat: self.accelerator.log(flat, step=self.steps_before + step)
 
     def rows(self, **match) -> list[dict]:
         "Lines of the log whose fields have these values; what was cut off or damaged is left out."
@@ -170,6 +176,8 @@ class Log:
         except UserError as e: return self._set_aside(path, e)
         if damaged:
             aside = shutil.copy(path, _free(path))
+            kept = "".join(line for line in self._lines() if line not in damaged)
+            with written_aside(path) as tmp: tmp.write_text(kept)
             self.say(f"{path}: {len(damaged)} damaged lines are left out; "
                      f"the file as it was is kept as {aside.name}")
         if not os.path.lexists(seconds): return
@@ -197,10 +205,20 @@ class Log:
         try: self.accelerator.print(text, flush=True)
         except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../nbs/08c_runs.ipynb #b0759301
 def _free(path: Path) -> Path:
     "A name beside a file for what is damaged there, which nothing has yet."
     names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
     return next(p for p in names if not os.path.lexists(p))
+
+def _by_class(numbers: dict, names) -> dict[str, float]:
+    "The numbers by name; of a list with one for each class, by name/class."
+    found = {}
+    for name, value in numbers.items():
+        found[name] = value
+        if isinstance(value, list) and len(value) == len(names):
+            found |= {f"{name}/{c}": x for c, x in zip(names, value)}
+    return {name: x for name, x in found.items() if isinstance(x, float)}
 
 # %% ../nbs/08c_runs.ipynb #5d0e11a2
 def _row_in(line: str) -> dict | None:
@@ -353,7 +371,9 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
     cfg = replace(cfg, mixed_precision=accelerator.mixed_precision)     # what None stood for
     run = Run(cfg, accelerator, Path(cfg.runs) / cfg.name)
     path = run.folder / "config.json"
-    if accelerator.is_main_process: _claim(run.folder, cfg)
+    if accelerator.is_main_process:
+        _claim(run.folder, cfg)
+        run.keep_damaged()
     accelerator.wait_for_everyone()
     seen = gather_object([path.read_text() if path.exists() else ""])
     blind = [i for i, text in enumerate(seen) if text != seen[0]]
@@ -361,8 +381,14 @@ def open_run(cfg: Config, accelerator: Accelerator | None = None) -> Run:
         raise UserError(f"{run.folder}: the processes {blind} do not see what process 0 wrote "
                         "there; give --runs a folder on a disk that all machines share")
     if cfg.tracker:
-        accelerator.init_trackers("sac_lit", {k: str(v) for k, v in settings(cfg).items()})
+        options = {k: str(v) for k, v in settings(cfg).items()}
+        named = {tracker: {word: cfg.name} for tracker, word in _NAMED_BY.items()}
+        accelerator.init_trackers("sac_lit", options, named)
     return run
+
+_NAMED_BY = {  # what a tracker calls the name of a run; the others have it in their folder, or not
+    "wandb": "name", "trackio": "name", "mlflow": "run_name", "clearml": "task_name",
+    "swanlab": "experiment_name"}
 
 def _claim(folder: Path, cfg: Config) -> None:
     "Make a folder that of the run. Raises `UserError` where it is something else, or another run."

@@ -99,7 +99,7 @@ def _segmentation(image: torch.Tensor, logits: torch.Tensor, names) -> Segmentat
 
 # %% ../nbs/10c_segmenter.ipynb #c405c313
 class Segmenter:
-    "A trained network as a function from images to `Segmentation`s."
+    "A trained network as a function from RGB images (OpenCV: `x[..., ::-1]`) to `Segmentation`s."
     def __init__(self,
                  model: SegmentationModel,
                  device=None,         # "cpu", "cuda:1"; by default a GPU where there is one

@@ -30,7 +30,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from .core import CLASSES, clean_exit, IGNORE_INDEX, progress, seed_of, UserError
+from sac_lit.core import (
+    CLASSES,
+    clean_exit,
+    IGNORE_INDEX,
+    progress,
+    read_text,
+    seed_of,
+    UserError,
+)
 
 # %% ../nbs/00a_toy_city.ipynb #31513cb8
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION,  # train ids by name
@@ -1151,7 +1159,7 @@ def _is_there(root: Path, record: str) -> bool:
         raise UserError(
             f"{root}: holds something that is no toy city; choose another root or delete it"
         )
-    if (root/RECORD).read_text() != record:
+    if read_text(root/RECORD, "another root, or delete it") != record:
         raise UserError(
             f"{root}: holds a toy city of other settings (see {RECORD}); "
             "choose another root or delete it"

@@ -46,6 +46,7 @@ from sac_lit.core import (
     clean_exit,
     generator,
     lookup,
+    regular_file,
     remove,
     seed_of,
     use_style,
@@ -241,9 +242,10 @@ def target_frequencies(run: Run, model: nn.Module, dataset: SegmentationDataset,
 
 def _read_frequencies(path: Path, size) -> torch.Tensor | None:  # (N, C)
     "What an earlier start has counted; None where that is missing or damaged."
-    try: found = load_file(path)["frequency"]
-    except (OSError, SafetensorError, KeyError): return None
-    return found if found.shape == size else None
+    try: found = load_file(regular_file(path))["frequency"]
+    except (OSError, UserError, SafetensorError, KeyError): return None
+    whole = found.shape == size and found.dtype == torch.float32
+    return found if whole and ((found >= 0) & (found < 1.001)).all() else None
 
 def _of_one_size(samples: Iterator[dict], most: int = 8) -> Iterator[list[dict]]:
     "Batches of neighbours whose images have the same size."
@@ -482,6 +484,7 @@ def train(cfg: Config) -> Run:
         run.say(f"{cfg.name}: {_what_it_takes(run)}")
         check_shares(run)
         data = open_data(run)
+        run.names = data["source"].names
         use_style()
         with run.stop, all_at_work(accelerator):
             for stage in cfg.stages: _train_stage(run, stage, data)
