@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, Phase, settings
 from hypothesis import strategies as st
 from jobs import command, SMALL, tiny, train
 from PIL import Image
@@ -17,7 +17,8 @@ from sac_lit.config import TOY
 
 pytestmark = [pytest.mark.slow, pytest.mark.trains]
 SECONDS = 20  # for a command and its imports; one that hangs takes for ever
-fuzz = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+fuzz = settings(max_examples=300, derandomize=True, deadline=None, database=None,
+                phases=[Phase.generate])          # a smaller trial that fails says no more
 
 LABEL = "sac_lit.predict", "label", "runs/toy/model", "in", "--out", "out", "--overlay"
 EVALUATE = ("sac_lit.predict", "evaluate", "runs/toy/model", "in", "--layout", "folder",

@@ -42,7 +42,7 @@ def flat(network):
 
 
 def joint_steps(run, make):
-    "The network after four steps on this process's share, the last losses, and the prior."
+    "The network after three steps on this process's share, the last losses, and the prior."
     torch.manual_seed(0)
     network = freeze_bn(build_model("deeplabv2_tiny", 19))
     teacher, prior = MomentumNetwork(network), ClassPrior(19)
@@ -50,7 +50,7 @@ def joint_steps(run, make):
     groups, mine = (slice(x[0], x[-1] + 1) for x in (share.slots, slots))
     model, optimizer = run.accelerator.prepare(network, make(network.parameters(), 1e-3))
     how = run.shared_execution(model, share)
-    for step in range(4):
+    for step in range(3):
         images, labels, views = batch(step, crops=1, sources=4)
         clean, noisy = (x[groups, share.mine] for x in views[:2])
         part = Views(clean, noisy, views.theta[groups], share.mine)
