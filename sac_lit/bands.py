@@ -84,6 +84,7 @@ def _bands_error(where, shape, count: int) -> FileError:
                      "images with other bands")
 
 def range_error(where) -> FileError:
+    "The error for values of more than 8 bits in a file, where no range is stated."
     return FileError(f"{where}: grey values of more than 8 bits, whose range the file does not "
                      "tell; convert it to 8 bits a channel, or train with --data.band-range and "
                      "the values that are black and white", "images of more than 8 bits")

@@ -235,8 +235,7 @@ class _Described:
     def set_band_range(self, ends: tuple[float, float] | None) -> None:
         "Which values are black and white in images of more than 8 bits. Saved with it."
         self.band_range = ends
-        self.band_range = bands_of(self).range
-        _note_bands(self, self._hub_mixin_config)
+        _note_bands(self)
 
     def describe(self, **facts) -> None:  # strings, numbers, and dictionaries of them
         "Note what is known of its training, for the model card and exports. Saved with it."
@@ -376,8 +375,9 @@ def _take_bands(net: nn.Module, arch: str, num_classes: int, bands: int) -> str:
     if bands != 3: _trial(net, arch, num_classes, bands)
     return first_filters
 
-def _note_bands(model: SegmentationModel, config: dict) -> None:
-    "Put what a model says of bands into what is saved; the usual is left out, as in old folders."
+def _note_bands(model: SegmentationModel) -> None:
+    "Check what a model says of bands, and save it; the usual is left out, as in old folders."
+    model.band_range, config = bands_of(model).range, model._hub_mixin_config
     for name in ("bands", "band_range"): config.pop(name, None)
     if bands_of(model) != USUAL: config |= {"bands": model.bands, "band_range": model.band_range}
 

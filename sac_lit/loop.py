@@ -7,6 +7,7 @@ __all__ = ['epoch_order', 'names_of', 'postpone_sigterm', 'batches', 'nonfinite_
            'save_checkpoint', 'load_checkpoint', 'run_stage']
 
 # %% ../nbs/08d_loop.ipynb #bf4abdbc
+import errno
 import json
 import multiprocessing
 import os
@@ -202,7 +203,9 @@ def _read_checkpoint(path: Path) -> dict:
             raise ValueError("state.pt is not of this program")
         return saved
     except FileNotFoundError as e: raise ValueError("state.pt is missing") from e
-    except OSError: raise
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise
+        raise ValueError(f"state.pt: {e}") from e  # a damaged header leads to before its start
     except Exception as e:  # a damaged header can raise nearly anything
         raise ValueError(f"state.pt: {e}") from e
 

@@ -17,6 +17,7 @@ class Poses(NamedTuple):
     turns: bool = False  # by right angles
 
 def poses_of(settings) -> Poses:  # of a stage
+    "Which poses the settings of a stage allow."
     return Poses(settings.vertical_flips, settings.turns)
 
 def draw_poses(poses: Poses, rng: torch.Generator, count: int) -> torch.Tensor:  # int64 (count,)

@@ -40,7 +40,7 @@ from sac_lit.core import (
 from .datasets import find_layout, LAYOUTS, open_dataset, SegmentationDataset
 from .deeplabv2 import network_input, SegmentationModel, upsample
 from .fast import fast_argmax, row_strips, speed_up
-from .outputs import check_ours, Outputs
+from .outputs import at_work, check_ours, Outputs
 from .ranges import read_options
 from .weights import load_snapshot
 
@@ -295,12 +295,12 @@ class Evaluate(PredictOptions):
         model = self.load()
         data = self.data(bands_of(model))
         _check_classes(model.names, data.names)
-        outputs.start("evaluate")                              # before what takes long
-        cm = evaluate_network(model, data, **how)
-        print(score_table(cm, data.names))
-        print(_seen_at(model, **how))
-        origin = {**self.origin(model), "data": self.root, "layout": self.layout}
-        with outputs.written(files, None, {}) as asides: _write_scores(asides, cm, data, origin)
+        with at_work(outputs, "evaluate"):                     # before what takes long
+            cm = evaluate_network(model, data, **how)
+            print(score_table(cm, data.names))
+            print(_seen_at(model, **how))
+            origin = {**self.origin(model), "data": self.root, "layout": self.layout}
+            with outputs.written(files, None, {}) as asides: _write_scores(asides, cm, data, origin)
         print("written:", ", ".join(map(str, files)))
 
 def _seen_at(model: SegmentationModel, scales, flip: bool) -> str:

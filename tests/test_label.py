@@ -119,7 +119,7 @@ def test_what_is_there_is_skipped(network):
     left = Path("out") / ASIDE.replace("*", fingerprint("2.png"))
     left.write_text("left by a crash")
     assert label(network, jobs) == {"labelled": 1, "already there": 2}
-    del kept[Path("out", RECORD)]
+    for name in (RECORD, ".sac_lit.lock"): del kept[Path("out", name)]
     same = [p.stat().st_mtime_ns == t for p, t in sorted(kept.items())]
     assert same == [True, False, True]
     with_overlays = {p: {**files, "overlays": files["labels"].with_suffix(".jpg")}
@@ -138,7 +138,7 @@ def test_an_interrupted_run_leaves_whole_files(network, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("sac_lit.label.predict_with_confidence", killed)
         with pytest.raises(KeyboardInterrupt): label(network, jobs)
-    assert names_in("out") == ["0.png", "1.png", "2.png", RECORD]
+    assert names_in("out") == [".sac_lit.lock", "0.png", "1.png", "2.png", RECORD]
     assert label(network, jobs) == {"labelled": 3, "already there": 3}
 
 
@@ -148,7 +148,7 @@ def test_unreadable_images_are_named_in_the_end(network):
     Path("in/1.png").write_bytes(data[:len(data) // 2])
     with pytest.raises(UserError, match="1 of 3 images left out: in/1.png: is damaged"):
         label(network, jobs)
-    assert names_in("out") == ["0.png", "2.png", RECORD]
+    assert names_in("out") == [".sac_lit.lock", "0.png", "2.png", RECORD]
 
 
 def test_inputs():
@@ -637,7 +637,8 @@ def test_outputs_beside_their_inputs(model, capsys):
     write("in/x.png", picture())
     for words in ("1 labelled", "1 already there"):
         assert words in said(["label", "model", "in", "--out", "in", "--overlay"], capsys)
-    assert names_in("in") == ["labels", "overlays", RECORD, "summary.csv", "x.png"]
+    assert names_in("in") == [
+        ".sac_lit.lock", "labels", "overlays", RECORD, "summary.csv", "x.png"]
 
 
 def test_two_at_once(network, model, city, capsys):
