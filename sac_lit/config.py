@@ -155,7 +155,7 @@ class Config:
     compile: bool = False  # compile the networks with torch.compile
     channels_last: bool = False  # keep the networks' tensors with channels as the last dimension
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    plain: bool = False  # train with the plain forms of 03 to 08: slower, the same result to rounding
+    plain: bool = False  # train with the plain forms: slower, the same result to rounding
     tracker: str | None = None  # also log to a tracker of Accelerate
 
 # %% ../nbs/08b_config.ipynb #ccb64931

@@ -64,6 +64,7 @@ def test_a_broken_run_is_one_sentence(small, capsys):
     assert error.startswith("error: runs/study_seed0")
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_not_taken_for_a_result(small, capsys, monkeypatch):
     experiments.main(["ablation", "--seeds", "0"])
     base = STUDIES["ablation"].base
@@ -74,6 +75,7 @@ def test_a_run_of_other_settings_is_not_taken_for_a_result(small, capsys, monkey
         "(sac.period 1 there, 2 here)")
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_that_was_cut_off_is_not_its_end(small):
     results = small / "runs" / "ablation.json"
 

@@ -70,19 +70,19 @@ def joint_steps_in_float64():
     if run.accelerator.is_main_process: torch.save(found, "steps.pt")
 
 
-def test_joint_steps_in_float64(tmp_path):
+@pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_joint_steps_in_float64(tmp_path, several):
     """Equal on 1, 2 and 4 processes, up to the rounding of float64, with Adam.
 
     What differs in float32 is therefore rounding, and what Adam makes of it, and nothing else."""
     found = []
-    for processes in (1, 2, 4):
+    for processes in (1, several):
         envs = ranks(processes) if processes > 1 else ({},)
         done = forked(joint_steps_in_float64, cwd=tmp_path, envs=envs)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(tmp_path / "steps.pt"))
-    for several in found[1:]:
-        assert several.dtype == torch.float64
-        torch.testing.assert_close(several, found[0], rtol=1e-9, atol=1e-11)
+    assert found[0].dtype == torch.float64
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def copy_pretrained(cwd, name):
     (here / "config.json").write_text(config.replace('"name": "one"', f'"name": "{name}"'))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_joint_stage(one, processes):
     "Two processes, by a launcher, have a group each; four share the views of two groups."
     name = f"sac{processes}"
@@ -180,6 +180,7 @@ sac_lit.train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_machines_without_a_common_disk_are_refused(one):
     "Each process works in a folder of its own."
     script = one / "apart.py"
@@ -189,6 +190,7 @@ def test_machines_without_a_common_disk_are_refused(one):
     assert done.returncode != 0 and sentence in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(one):
     "20 steps, 10 a stage, with 0, 1 and 3 workers: equal to the last bit."
     args = (*SGD, "--abn.steps", "10")

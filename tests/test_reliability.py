@@ -14,7 +14,7 @@ from sac_lit.reliability import main, reliability
 from sac_lit.verdict import score, verdict
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 def test_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = tiny(replace(module.BASE, mixed_precision="no"))

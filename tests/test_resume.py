@@ -75,7 +75,7 @@ def one_line(done):
 
 
 @pytest.mark.parametrize("kills, steps", [
-    (2, "6"),
+    (1, "6"),
     pytest.param(25, "60", marks=pytest.mark.slow)])
 def test_killed_at_random_moments(cwd, kills, steps):
     """Each start lives for a random time after its first sign of life.
@@ -96,7 +96,8 @@ def test_killed_at_random_moments(cwd, kills, steps):
     assert_as_undisturbed(cwd, name, f"whole{kills}")
 
 
-@pytest.mark.parametrize("number, stage", [(signal.SIGTERM, "abn"), (signal.SIGINT, "sac")])
+@pytest.mark.parametrize("number, stage", [
+    (signal.SIGTERM, "abn"), pytest.param(signal.SIGINT, "sac", marks=pytest.mark.slow)])
 def test_signal(cwd, number, stage):
     "The step in progress is finished and saved."
     name, args = f"signal{int(number)}", (*RARE, "--data.workers", "1")
