@@ -102,16 +102,17 @@ def split_bands(path: Path,
     if path.suffix.lower() == ".npy": values = _bounded(_load_array(path), path, most)
     elif path.suffix.lower() in (".tif", ".tiff") and not _is_plain(path):
         values = _tiff_values(path, most)
-    else: values = _picture_values(path, most)
+    else: values = _picture_values(path, most, bands.count)
     pixels = as_bands(values, bands, path)                       # (H, W, N)
     return [Image.fromarray(pixels[..., k].copy()) for k in range(bands.count)]
 
-def _picture_values(path: Path, most: int) -> np.ndarray:
-    "What Pillow reads, upright, with all of its bits."
+def _picture_values(path: Path, most: int, count: int) -> np.ndarray:
+    "What Pillow reads, upright, with all of its bits; three bands of 8 bits as photographs are."
     picture = _upright(open_image(path, most=most))
-    if picture.mode not in _AS_STORED: picture = picture.convert("RGB")
-    wide = png_bits(path) > 8 and picture.mode not in _GREY
-    if not wide: return np.asarray(picture)
+    grey, bits = picture.mode in _GREY, png_bits(path)
+    photograph = count == 3 and bits <= 8 and not grey
+    if photograph or picture.mode not in _AS_STORED: picture = picture.convert("RGB")
+    if bits <= 8 or grey: return np.asarray(picture)
     if picture.mode == "LA":
         raise FileError(f"{path}: grey of 16 bits with a mask; save it without the mask",
                         "images of more than 8 bits")
@@ -127,8 +128,11 @@ def _is_plain(path: Path) -> bool:
     "Whether Pillow gives the values of a TIFF as they are."
     try:
         with Image.open(regular_file(path, _MOST_BYTES), formats=["TIFF"]) as picture:
-            bits, samples = picture.tag_v2.get(258, (1,)), picture.tag_v2.get(277, 1)
+            tags = picture.tag_v2
+            bits, samples = tags.get(258, (1,)), tags.get(277, 1)
             whole = max(bits) <= 8 or picture.mode in _GREY
+            changed = 1 in tags.get(338, ()) or max(tags.get(339, (1,))) > 1  # alpha, signed
+            if changed and picture.mode != "F" or tags.get(262) == 0: return False
             return whole and picture.n_frames == 1 and len(picture.getbands()) == samples
     except UserError as e: raise FileError(f"{e}; replace it, or take it away") from None
     except Exception: return False  # for another reader, which says what is wrong

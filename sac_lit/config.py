@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import typing
-from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -24,8 +23,9 @@ import torch.nn as nn
 import tyro
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
 
+from .bands import bands_of, USUAL
 from .core import generator, in_a_line, lookup, NAMES, read_json, subset, UserError
-from .crop_fusion import POOLS
+from .crop_fusion import POOL_NAMES
 from .datasets import find_layout, Layout, LAYOUTS, read_classes
 from .deeplabv2 import ARCHS
 from .ema_training import SelfSupervision
@@ -238,8 +238,7 @@ CHOICES = {  # the tables from which settings choose, by the setting's dotted na
         NOISE, "an Augmentation as module:NAME, which takes images (N, 3, h, w) and amounts "
         "(N, K) to images of that shape", _is_noise),
     "sac.loss.pool": Choice(
-        ChainMap(POOLS, {"none": None}),
-        "module:function, which takes (B, T, C, H, W) and weights (B, T, 1, H, W) to "
+        POOL_NAMES, "module:function, which takes (B, T, C, H, W) and weights (B, T, 1, H, W) to "
         "(B, C, H, W) and (B, 1, H, W)", _is_pool),
     "sac.loss.confidence": Choice(
         CONFIDENCES, "module:function, which takes (B, H, W), and a function that averages over "
@@ -292,6 +291,13 @@ def _check_together(cfg: Config) -> None:
     if ends and ends[0] == ends[1]:
         raise UserError(f"{option_of('data.band_range', ends)}: give two different numbers, "
                         "the value that is black and the one that is white")
+    usual = bands_of(cfg.data) == USUAL
+    if not usual and (cfg.data.toy or cfg.data.camvid):
+        raise UserError("--data.bands, --data.band-range: the images of this data set have three "
+                        "bands of 8 bits; leave them out")
+    if cfg.data.knobs != Knobs() and not cfg.data.toy:
+        raise UserError("--data.knobs: are those of the toy city; give --data.toy, "
+                        "or leave them out")
     if name in ("", ".", "..") or {*name} & {"/", "\\", "\0"}:
         raise UserError(f"--name {name!r}: give the name of a folder; "
                         "the folder above it is given with --runs")
@@ -485,6 +491,6 @@ def check_same(folder: Path, cfg: Config) -> None:
     other = differences(there, here)
     if not other: return
     version = ", begun with another version, which this one cannot continue"
-    if saved.keys() == dict(_flat(dataclasses.asdict(cfg))).keys(): version = ""
+    if saved.keys() <= dict(_flat(dataclasses.asdict(cfg))).keys(): version = ""
     raise UserError(f"{folder} holds a run of another configuration ({other}){version}; "
                     "give another --name, or --fresh to start over")

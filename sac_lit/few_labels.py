@@ -20,6 +20,7 @@ from jinja2 import Environment
 from matplotlib import colormaps
 from PIL import Image
 
+from .bands import visible
 from .config import Config, load_config, STAGES
 from sac_lit.core import (
     clean_exit,
@@ -154,7 +155,7 @@ def _strip(image, entropy, probs, names) -> str:
     "Image, predicted classes and entropy side by side, as a JPEG in base64."
     heat = colormaps["magma"](entropy.numpy(), bytes=True)[..., :3]   # (h, w, 3)
     classes = colorize(probs.argmax(0), colors_of(names))             # (h, w, 3)
-    panels = [Image.fromarray(x) for x in (image.permute(1, 2, 0).numpy(), classes, heat)]
+    panels = [Image.fromarray(x) for x in (visible(image).permute(1, 2, 0).numpy(), classes, heat)]
     width, height = 320, round(320 * image.shape[1] / image.shape[2])
     strip = Image.new("RGB", (3 * width, height))
     for k, panel in enumerate(panels): strip.paste(panel.resize((width, height)), (k * width, 0))

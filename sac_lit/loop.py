@@ -68,7 +68,7 @@ def batches(run: Run,
             pick: Callable,  # (step, slot) -> index of an image
            ) -> Iterator[dict]:
     "A batch for each step. `UserError` where a worker hangs or dies, `Stopped` after a signal."
-    step, workers = start, run.cfg.data.workers
+    step, workers, others = start, run.cfg.data.workers, {*multiprocessing.active_children()}
     loader = DataLoader(
         dataset, batch_sampler=StepSampler(start, steps, slots, pick), collate_fn=collate,
         num_workers=workers, timeout=run.cfg.data.timeout if workers else 0,
@@ -79,15 +79,18 @@ def batches(run: Run,
             step += 1
     except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: cut off in a word
         if isinstance(e, RuntimeError) and "DataLoader" not in str(e): raise
-        _end_workers()
+        _end_workers(others)
         if run.stop.number: raise Stopped(f"while it waited for step {step + 1}") from e
         files = ", ".join(str(dataset.images[pick(step, slot)]) for slot in slots)
         raise _worker_error(run, e, (step - start) % workers, step, files) from e
 
-def _end_workers() -> None:
+def _end_workers(others: set) -> None:  # processes that were there before
     "End the data workers that are left at once; one that hangs would outlast a SIGTERM."
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the loader raises for each that ends
-    for worker in multiprocessing.active_children(): worker.kill()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's raises at each end
+    workers = {*multiprocessing.active_children()} - others
+    for worker in workers: worker.kill()
+    for worker in workers: worker.join(timeout=1)
+    signal.signal(signal.SIGCHLD, handler)
 
 def _worker_error(run: Run, error: Exception, worker: int, step: int, files: str) -> UserError:
     "The end of a run by a data worker."

@@ -51,7 +51,8 @@ def _known(N: int) -> str:
 def _channels_first(image: np.ndarray, bands: Bands) -> torch.Tensor:  # uint8 (N, H, W)
     "An array as a tensor. Raises `UserError` where it is of another kind."
     known, N = _known(bands.count), bands.count
-    if bands.range: image = as_bands(image, bands)
+    floats = image.dtype.kind == "f" and image.size and image.max() <= 1  # scaled already?
+    if bands.range and not (floats and bands.range[1] > 1): image = as_bands(image, bands)
     if image.dtype != np.uint8:
         raise UserError(f"an array of {image.dtype}: {known}{_scaled(image)}")
     if image.ndim != 3 or image.shape[2] != N or not image.size:

@@ -1,6 +1,7 @@
 """Images of other bands than three, from the file to the label map, and networks that read them."""
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +9,26 @@ import torch
 from jobs import command
 from PIL import Image
 
-from sac_lit.bands import adapt_filters, Bands, MOST_BANDS, USUAL, visible
-from sac_lit.config import check_config, Config, DataConfig
+from sac_lit.bands import (
+    adapt_filters,
+    band_pixels,
+    Bands,
+    MOST_BANDS,
+    split_bands,
+    USUAL,
+    visible,
+)
+from sac_lit.config import check_config, Config, DataConfig, TOY
 from sac_lit.core import generator, UserError
 from sac_lit.datasets import open_dataset, read_image
 from sac_lit.deeplabv2 import build_model, load_imagenet, SegmentationModel
 from sac_lit.export import export
-from sac_lit.image_files import FileError
+from sac_lit.image_files import FileError, open_image
 from sac_lit.predict import check_image, main, predict
 from sac_lit.ranges import RANGES
-from sac_lit.segmenter import Segmenter
+from sac_lit.run_data import data_remarks
+from sac_lit.segmenter import _channels_first, Segmenter
+from sac_lit.toy_city import Knobs
 from sac_lit.views import color_jitter, draw_jitter, normalize, to_grey
 from sac_lit.weights import load_snapshot, save_snapshot
 
@@ -345,3 +356,35 @@ def test_without_rasterio_one_sentence(fields, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["label", str(fields / "runs/four/model"), str(fields / "val/images"), "--geotiff"])
     assert "pip install 'sac_lit[geo]'" in capsys.readouterr().err
+
+
+def test_images_of_three_bands_are_read_as_ever(tmp_path):
+    "Also where a range is stated, which is for others among them: grey, with a mask, a palette."
+    for mode in ("L", "RGBA", "P", "1", "RGB"):
+        path = tmp_path / f"{mode}.png"
+        Image.new(mode, (5, 4), 1).save(path)
+        usual = np.asarray(open_image(path).convert("RGB"))
+        assert (band_pixels(split_bands(path, Bands(3, (0, 3000)))) == usual).all()
+
+
+def test_settings_that_cannot_be_together():
+    data = TOY.data
+    for cfg, words in (
+            (replace(TOY, data=replace(data, bands=4)), "--data.bands, --data.band-range"),
+            (replace(TOY, data=replace(data, band_range=(0., 9.))), "three bands of 8 bits"),
+            (replace(TOY, data=replace(data, toy=False, knobs=Knobs(lens=1.))), "--data.knobs")):
+        with pytest.raises(UserError, match=words): check_config(cfg)
+
+
+def test_wrong_bands_are_found_before_a_training(tmp_path):
+    for i in range(2): Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    data = open_dataset("folder", tmp_path, labels=False, bands=Bands(4))
+    with pytest.raises(UserError, match="has 3 bands"): data_remarks(data)
+
+
+def test_floats_that_are_scaled_already_are_no_values_of_a_range():
+    image = np.random.default_rng(0).random((6, 7, 4), np.float32)
+    with pytest.raises(UserError, match="values from 0 to 1"):
+        _channels_first(image, Bands(4, (0, 10_000)))
+    assert _channels_first(image * 10_000, Bands(4, (0, 10_000))).float().mean() > 100
+    assert _channels_first(image, Bands(4, (0, 1))).float().mean() > 100
