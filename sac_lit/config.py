@@ -285,33 +285,6 @@ def check_config(cfg: Config) -> None:
                         "their folder with --data.target-label-maps, or leave the stage out")
     absent_classes(cfg.data.source, classes)
 
-def _check_together(cfg: Config) -> None:
-    "Raises `UserError` where settings do not fit each other, or the run's name is no folder's."
-    sac, name, ends = cfg.sac, cfg.name, cfg.data.band_range
-    if ends and ends[0] == ends[1]:
-        raise UserError(f"{option_of('data.band_range', ends)}: give two different numbers, "
-                        "the value that is black and the one that is white")
-    usual = bands_of(cfg.data) == USUAL
-    if not usual and (cfg.data.toy or cfg.data.camvid):
-        raise UserError("--data.bands, --data.band-range: the images of this data set have three "
-                        "bands of 8 bits; leave them out")
-    if cfg.data.knobs != Knobs() and not cfg.data.toy:
-        raise UserError("--data.knobs: are those of the toy city; give --data.toy, "
-                        "or leave them out")
-    if name in ("", ".", "..") or {*name} & {"/", "\\", "\0"}:
-        raise UserError(f"--name {name!r}: give the name of a folder; "
-                        "the folder above it is given with --runs")
-    for stage, c in {"abn": cfg.abn, "sac": sac}.items():
-        if c.turns and c.crop[0] != c.crop[1]:
-            raise UserError(f"--{stage}.turns: needs square crops; give --{stage}.crop twice the "
-                            "same number, or leave it out")
-    if "blur" in sac.noise and math.ceil(3 * sac.blur) >= min(sac.crop):
-        raise UserError(f"{option_of('sac.blur', sac.blur)}: reaches beyond the crop, whose "
-                        f"shorter side has {min(sac.crop)} pixels; give less than a third of that")
-    if sac.start and "abn" in cfg.stages:
-        raise UserError("--sac.start: the joint stage would not use the ABN pretraining "
-                        "of this run; give --stages sac, too")
-
 def _given(cfg: Config, option: str) -> tuple:
     "The values of a setting: one or several, or none."
     value = attrgetter(option)(cfg)
@@ -344,6 +317,34 @@ def absent_classes(source: str, names=NAMES) -> tuple[int, ...]:
         raise UserError(f"--data.source {source}: {unknown[0]} is absent there, but is none of the "
                         "run's classes; call it as they do, or leave it out of the layout's absent")
     return tuple([*names].index(name) for name in absent)
+
+# %% ../nbs/08b_config.ipynb #d791a1ac
+def _check_together(cfg: Config) -> None:
+    "Raises `UserError` where settings do not fit each other, or the run's name is no folder's."
+    sac, name, ends = cfg.sac, cfg.name, cfg.data.band_range
+    if ends and ends[0] == ends[1]:
+        raise UserError(f"{option_of('data.band_range', ends)}: give two different numbers, "
+                        "the value that is black and the one that is white")
+    usual = bands_of(cfg.data) == USUAL
+    if not usual and (cfg.data.toy or cfg.data.camvid):
+        raise UserError("--data.bands, --data.band-range: the images of this data set have three "
+                        "bands of 8 bits; leave them out")
+    if cfg.data.knobs != Knobs() and not cfg.data.toy:
+        raise UserError("--data.knobs: are those of the toy city; give --data.toy, "
+                        "or leave them out")
+    if name in ("", ".", "..") or {*name} & {"/", "\\", "\0"}:
+        raise UserError(f"--name {name!r}: give the name of a folder; "
+                        "the folder above it is given with --runs")
+    for stage, c in {"abn": cfg.abn, "sac": sac}.items():
+        if c.turns and c.crop[0] != c.crop[1]:
+            raise UserError(f"--{stage}.turns: needs square crops; give --{stage}.crop twice the "
+                            "same number, or leave it out")
+    if "blur" in sac.noise and math.ceil(3 * sac.blur) >= min(sac.crop):
+        raise UserError(f"{option_of('sac.blur', sac.blur)}: reaches beyond the crop, whose "
+                        f"shorter side has {min(sac.crop)} pixels; give less than a third of that")
+    if sac.start and "abn" in cfg.stages:
+        raise UserError("--sac.start: the joint stage would not use the ABN pretraining "
+                        "of this run; give --stages sac, too")
 
 # %% ../nbs/08b_config.ipynb #0263555e
 TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed

@@ -76,8 +76,8 @@ def data_remarks(dataset: SegmentationDataset, most: int = _MAPS) -> list[Remark
     places = some_of(dataset, "data check", most).indices
     usual = [dataset.images[i] for i in places[:_IMAGES]] if dataset.bands == USUAL else []
     remarks = _unused_bands(usual)
-    if not usual:
-        for i in places[:_IMAGES]: open_bands(dataset.images[i], dataset.bands)  # as many as stated?
+    if not usual:  # are there as many as stated?
+        for i in places[:_IMAGES]: open_bands(dataset.images[i], dataset.bands)
     if dataset.labels is None: return remarks
     classes, pixels = dataset.num_classes, np.zeros(1 << 16, np.int64)
     images, blended = np.zeros(classes, np.int64), 0
