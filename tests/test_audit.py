@@ -29,10 +29,12 @@ from test_datasets import (  # fixtures among them
 )
 
 from sac_lit import audit as module
-from sac_lit.audit import _in_parallel, cached, main
+from sac_lit.audit import _in_parallel, cached, look_at, main
+from sac_lit.bands import Bands
 from sac_lit.core import ASIDE, IGNORE_INDEX, NAMES, UserError
-from sac_lit.datasets import Layout, LAYOUTS, SegmentationDataset
+from sac_lit.datasets import Layout, LAYOUTS, open_dataset, SegmentationDataset
 from sac_lit.datasets import main as datasets_main
+from sac_lit.findings import small_grey
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -226,6 +228,72 @@ def test_threads_stay_near_and_in_order(n, workers):
 
 def test_threads_pass_errors_on():
     with pytest.raises(ZeroDivisionError): [*_in_parallel(lambda k: 1 // k, [1, 1, 0, 1], 2)]
+
+
+# ---------------------------------------------------------------- other bands than three
+
+def tiles(folder, *shape, count=2, most=4096, dtype=np.uint16):
+    "NumPy files of noise in a new folder."
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(count): np.save(folder/f"{k}.npy", rng.integers(0, most, shape, dtype))
+    return folder
+
+
+def test_audit_of_arrays_in_four_bands(tmp_path, audited):
+    root, page, good = tiles(tmp_path/"tiles", 24, 36, 4), tmp_path/"x.html", tmp_path/"good.txt"
+    command = "folder", "--images", root
+    status, lines = audited(*command)
+    assert status == 2 and "no images" in lines[0] and "--bands" in lines[0]
+    status, lines = audited(*command, "--bands", 4)
+    assert status == 1 and counted(lines, "images of more than 8 bits") == 2
+    assert "0.npy: grey values of more than 8 bits" in lines[-2] and "--band-range" in lines[-2]
+    status, lines = audited(*command, "--bands", 5, "--band-range", 0, 4095)
+    assert status == 1 and "has 4 bands" in lines[-1] and " --bands" in lines[-1]
+    stated = *command, "--bands", 4, "--band-range", 0, 4095
+    status, lines = audited(*stated, "--fix-list", good)
+    assert status == 0 and lines[-3:] == ["width x height: 36 x 24 (2)", "", "0 defects"]
+    assert good.read_text() == "0.npy\n1.npy\n"
+    shutil.copytree(root, tmp_path/"val")
+    status, lines = audited(*stated, "--against", tmp_path/"val", "--html", page)
+    assert status == 1 and counted(lines, "images that are there twice") == 2
+    assert page.read_text().count("<img") == 2
+
+
+def test_audit_of_a_fourth_band(tmp_path, audited):
+    values = np.random.default_rng(0).integers(0, 256, (24, 36, 4), np.uint8)
+    (tmp_path/"in").mkdir()
+    Image.fromarray(values, "RGBA").save(tmp_path/"in/x.png")
+    command = "folder", "--images", tmp_path/"in"
+    status, lines = audited(*command)
+    assert status == 0 and "which is not used" in "".join(lines)
+    status, lines = audited(*command, "--bands", 4)
+    assert status == 0 and "not used" not in "".join(lines)
+    found = look_at(open_dataset("folder", tmp_path/"in", False, bands=Bands(4)), 0)
+    assert (found.small == small_grey(Image.fromarray(values[..., :3]))).all()
+    assert audited(*command, "--bands", 1)[0] == 1
+    status, lines = audited(*command, "--bands", 3, "--band-range", 0, 255)
+    assert status == 1 and "has 4 bands" in lines[-1]
+
+
+@pytest.mark.parametrize("options", [("--bands", 0), ("--bands", 257), ("--band-range", 9, 1),
+                                     ("--band-range", "nan", 1), ("--bands", "x")])
+def test_audit_of_bands_that_cannot_be(own, audited, options):
+    status, lines = audited("folder", "--images", own/"photos", *options)
+    assert status == 2 and options[0][2:].split("-")[0] in lines[-1]
+
+
+def test_audit_of_a_tiff_in_four_bands_names_the_options(tmp_path, audited):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 4096, (24, 36, 4), np.uint16)
+    (tmp_path/"in").mkdir()
+    tifffile.imwrite(tmp_path/"in/x.tif", values, photometric="minisblack")
+    command = "folder", "--images", tmp_path/"in"
+    status, lines = audited(*command)
+    assert status == 1 and "--bands and --band-range" in lines[-1]
+    assert audited(*command, "--bands", 4, "--band-range", 0, 4095)[0] == 0
+    (tmp_path/"in/x.tif").write_bytes(b"no image")
+    assert "--bands" not in audited(*command)[1][-1]
 
 
 # ---------------------------------------------------------------- the cache

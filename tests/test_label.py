@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from sac_lit.bands import Bands
 from sac_lit.core import ASIDE, CLASSES, fingerprint, generator, UserError
 from sac_lit.datasets import open_dataset
 from sac_lit.deeplabv2 import build_model, SegmentationModel
@@ -168,6 +169,21 @@ def test_inputs():
     words = ("mixed/v/000000.png would get its label map among those of the frames of "
              "mixed/v.mp4")
     with pytest.raises(UserError, match=words): find_inputs(["mixed"], Path("out"))
+
+
+def test_arrays_are_images_where_bands_are_stated():
+    four = build_model("deeplabv2_tiny", 3, bands=Bands(4)).eval()
+    four.save_pretrained("four")
+    Path("in").mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    np.save("in/x.npy", values)
+    main(["label", "four", "in", "--overlay"])
+    expected = predict(four, torch.from_numpy(values).permute(2, 0, 1)).numpy()
+    assert (read("labelled/labels/x.png") == expected).all()
+    assert read("labelled/overlays/x.jpg").shape == (40, 60, 3)
+    assert find_inputs(["in/x.npy"], Path("out"), Bands(4)) == {Path("x"): Path("in/x.npy")}
+    with pytest.raises(UserError, match="neither an image"): find_inputs(["in/x.npy"], Path("o"))
+    with pytest.raises(UserError, match="no images"): find_inputs(["in"], Path("out"))
 
 
 # ---------------------------------------------------------------- video
