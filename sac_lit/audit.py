@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from .bands import USUAL
+from .bands import Bands, bands_of, USUAL
 from sac_lit.core import (
     clean_exit,
     colorize,
@@ -45,7 +45,6 @@ from sac_lit.datasets import (
     LAYOUTS,
     open_bands,
     open_dataset,
-    open_rgb,
     SegmentationDataset,
     to_rgb,
 )
@@ -72,9 +71,8 @@ def look_at(dataset: SegmentationDataset, i: int) -> Finding:
     found, path = Finding(), dataset.images[i]
     try:
         _check_name(path)
-        picture = open_image(path)
-        image = to_rgb(picture, path)
-        found = Finding(image.size, small_grey(image), left_out(picture, path))
+        image, unused = _seen(path, dataset.bands)
+        found = Finding(image.size, small_grey(image), unused)
         if dataset.labels is None: return found
         _check_exists(dataset, i)
         numbers = np.asarray(dataset.numbers(i, image.size))      # (H, W)
@@ -105,6 +103,30 @@ def _blended_error(path: Path) -> FileError:
     return FileError(f"{path}: its edges are means of the numbers beside them: it was resized or "
                      "smoothed like a photograph; make it again with the nearest pixel",
                      "label maps with blended edges")
+
+# %% ../nbs/01a_audit.ipynb #2f09bd22
+_TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"  # how its files begin
+
+def _seen(path: Path, bands: Bands) -> tuple[Image.Image, str]:
+    "An image in colours, and what of it the networks do not see. Raises `FileError`."
+    try:
+        if bands == USUAL:
+            picture = open_image(path)
+            return to_rgb(picture, path), left_out(picture, path)
+        pictures = open_bands(path, bands)
+    except FileError as e: raise _naming_options(e, path, bands) from None
+    shown = pictures[:3] if len(pictures) >= 3 else pictures[:1] * 3
+    return Image.merge("RGB", shown), ""
+
+def _naming_options(e: FileError, path: Path, bands: Bands) -> FileError:
+    "The error, with the options that state bands and values where these may be the cause."
+    if "--data.band" in str(e):
+        return FileError(f"{e}; the audit takes them as --bands and --band-range", e.kind)
+    if bands != USUAL or "is no image" not in str(e): return e
+    with open(path, "rb") as f: head = f.read(4)
+    if head not in _TIFF: return e
+    return FileError(f"{e}; or, if it has other bands than red, green and blue, or more than "
+                     "8 bits, state them with --bands and --band-range", e.kind)
 
 # %% ../nbs/01a_audit.ipynb #8bd17e90
 def _in_parallel(f: Callable, items: Iterable, workers: int) -> Iterator:
@@ -149,7 +171,7 @@ def audit(dataset: SegmentationDataset,
     workers = workers or usable_cores()
     found = [*progress(_look_at_all(dataset, workers), len(dataset))]
     defects = {i: f.defect for i, f in enumerate(found) if f.defect}
-    others = SegmentationDataset(list(against), None, {})
+    others = SegmentationDataset(list(against), None, {}, bands=dataset.bands)
     defects |= shown_twice(dataset, found, others, [*_look_at_all(others, workers)])
     counts, images = _counted(dataset, found)
     doubts = [Remark(text, True) for text in _doubts(dataset, counts)]
@@ -252,6 +274,10 @@ def _add_options(parser: argparse.ArgumentParser, layout: Layout) -> None:
             help="classes, one a line: [number] name [#colour]; by default those of Cityscapes")
         add("--ignore", nargs="*", type=int, default=(255,), metavar="N",
             help="numbers in label maps that mean no class")
+    add("--bands", type=int, default=USUAL.count, metavar="N",
+        help="bands of each image: 1 for grey, 4 with infrared; then .npy files are read, too")
+    add("--band-range", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="values that are black and white in images of more than 8 bits")
     add("--fix-list", type=Path, metavar="FILE",
         help="file to write: the images that are in order, one a line")
     add("--against", type=Path, metavar="FOLDER", action="append", default=[],
@@ -292,9 +318,9 @@ def _run(args) -> int:  # exit status
     folder = args.root if args.labels is True else args.labels or None
     layout = find_layout(args.layout, args.split, folder)
     if layout.apart: layout = layout.with_suffix(args.label_suffix)
-    data = open_dataset(args.layout, args.root, args.labels, args.split, args.classes,
-                        args.ignore, check=False, label_suffix=args.label_suffix)
-    others = [p for place in args.against for p in open_dataset("folder", place, False).images]
+    data, bands = _open(args), bands_of(args)
+    others = [p for place in args.against
+              for p in open_dataset("folder", place, False, bands=bands).images]
     _check_files(args, find_layout(args.layout))
     report = audit(data, args.workers and max(1, args.workers), others)
     if args.fix_list: _write_list(args, report)
@@ -307,6 +333,20 @@ def _run(args) -> int:  # exit status
     text = [*lines, *notes, "", _number("defect", len(defects)), *defects]
     print(printable("\n".join(text)))
     return 1 if defects else 0
+
+def _open(args) -> SegmentationDataset:
+    "The data set. Raises `UserError` where there is none, or none of the bands that are stated."
+    bands = bands_of(args)
+    try:
+        return open_dataset(
+            args.layout, args.root, args.labels, args.split, args.classes, args.ignore,
+            check=False, label_suffix=args.label_suffix, bands=bands)
+    except UserError as e:
+        arrays = bands == USUAL and "no images" in str(e) and any(args.root.rglob("*.npy"))
+        if not arrays: raise
+        raise UserError(f"{e}; for the .npy files in it, state other bands than three with "
+                        "--bands, or the values that are black and white with --band-range"
+                       ) from None
 
 def _write_list(args, report: Report) -> None:
     names = [p.relative_to(args.root).as_posix() for p in report.good]
@@ -330,7 +370,7 @@ def _write_page(path: Path, data: SegmentationDataset, report: Report) -> None:
 def _pictures(data: SegmentationDataset, i: int) -> Iterator[tuple[str, Image.Image]]:
     "An image and its label map in colours, as far as they can be read."
     try:
-        yield str(data.images[i]), open_rgb(data.images[i])
+        yield str(data.images[i]), _seen(data.images[i], data.bands)[0]
         if not data.labels: return
         train_ids = data.table[np.asarray(data.numbers(i)).astype(np.uint16)]
         colours = colorize(np.where(train_ids < 0, IGNORE_INDEX, train_ids), colors_of(data.names))

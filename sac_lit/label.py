@@ -21,7 +21,7 @@ import torch
 import tyro
 from PIL import Image
 
-from .bands import Bands, bands_of, visible, write_geotiff
+from .bands import Bands, bands_of, USUAL, visible, write_geotiff
 from sac_lit.core import (
     ahead,
     CLASSES,
@@ -35,7 +35,13 @@ from sac_lit.core import (
     progress,
     UserError,
 )
-from .datasets import FileError, open_dataset, read_image, SegmentationDataset, SUFFIXES
+from sac_lit.datasets import (
+    FileError,
+    image_suffixes,
+    open_dataset,
+    read_image,
+    SegmentationDataset,
+)
 from .deeplabv2 import SegmentationModel
 from .outputs import at_work, check_apart, check_folder, check_ours, Outputs, stamp, summary
 from .predict import made_by, MOST_PIXELS, predict_with_confidence, PredictOptions
@@ -172,11 +178,12 @@ VIDEO_SUFFIXES = {  # of the files that are taken for videos
 
 def find_inputs(inputs,     # paths of images, videos, and folders of them
                 out: Path,  # what was made there is left out
+                bands: Bands = USUAL,  # of the images
                ) -> dict[Path, Path]:  # {name without suffix: file}
     "What there is to label, by the name that it gets. Raises `UserError` for what cannot be."
     found = {}
     for given in map(Path, inputs):
-        for file in _files_at(given, out):
+        for file in _files_at(given, out, image_suffixes(bands)):
             place = file.relative_to(given) if given.is_dir() else Path(file.name)
             name = place.with_suffix("")
             if name in found:
@@ -187,16 +194,16 @@ def find_inputs(inputs,     # paths of images, videos, and folders of them
     _check_frames(found)
     return found
 
-def _files_at(path: Path, out: Path) -> list[Path]:
+def _files_at(path: Path, out: Path, pictures: set[str]) -> list[Path]:
     "An image or a video, or all of them below a folder. Raises `UserError` for anything else."
-    known = SUFFIXES | VIDEO_SUFFIXES
+    known = pictures | VIDEO_SUFFIXES
     if path.is_dir():
         files = [p for p in path.rglob("*") if p.suffix.lower() in known and p.name[0] != "."]
         made = _below([out / kind for kind in KINDS], path)
         return sorted(p for p in files if not made(p.parent) and not p.is_dir())
     if not os.path.exists(path): raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() in known: return [path]
-    images, videos = (", ".join(sorted(suffixes)) for suffixes in (SUFFIXES, VIDEO_SUFFIXES))
+    images, videos = (", ".join(sorted(suffixes)) for suffixes in (pictures, VIDEO_SUFFIXES))
     raise UserError(f"{path}: neither an image ({images}) nor a video ({videos})")
 
 def _below(places: list[Path], given: Path):
@@ -272,9 +279,10 @@ class Label(PredictOptions):
         if self.geotiff: optional("rasterio", "geo")           # raises where it is missing
         if outputs.record.exists():
             with at_work(outputs, "label"): pass                # says at once that another one is
-        images, videos = self._jobs(find_inputs(self.inputs, outputs.folder), outputs)
-        _check_all(outputs, images, videos)
         model = self.load()
+        found = find_inputs(self.inputs, outputs.folder, bands_of(model))
+        images, videos = self._jobs(found, outputs)
+        _check_all(outputs, images, videos)
         id_values(self.ids, model.names)                       # refuses before anything is written
         with at_work(outputs, "label"): self._label(model, images, videos, outputs, how)
 
