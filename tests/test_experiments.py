@@ -125,6 +125,7 @@ def test_a_study_of_ones_own_by_the_command(small, monkeypatch, capsys):
     assert "--seeds: give at least one" in capsys.readouterr().err  # taken, but without seeds
 
 
+@pytest.mark.slow
 def test_a_study_gives_what_a_run_of_its_own_gives(small):
     "A setting of `period` in another city, and the same by one command of training."
     study = STUDIES["period"]._replace(base=replace(tiny(TOY), name="period"))

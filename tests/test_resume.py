@@ -265,6 +265,7 @@ def test_stalled_worker(cwd):
     assert_continues(cwd, *BUSY, name="stalled")
 
 
+@pytest.mark.slow
 def test_signal_to_the_whole_group(cwd):
     """What a cluster does: the workers get the SIGTERM too.
 

@@ -104,6 +104,7 @@ def test_joint_stage_from_a_network_that_is_there(finished):
     assert not log(cwd, "from0", network="start")
 
 
+@pytest.mark.slow
 def test_a_cache_gives_the_same_network(finished):
     cwd, _ = finished
     for name in ("cached", "from_cache"):
