@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from .bands import Bands, bands_of, USUAL
+from .bands import Bands, bands_of, USUAL, visible
 from sac_lit.core import (
     clean_exit,
     colorize,
@@ -45,6 +45,7 @@ from sac_lit.datasets import (
     LAYOUTS,
     open_bands,
     open_dataset,
+    read_image,
     SegmentationDataset,
     to_rgb,
 )
@@ -113,10 +114,9 @@ def _seen(path: Path, bands: Bands) -> tuple[Image.Image, str]:
         if bands == USUAL:
             picture = open_image(path)
             return to_rgb(picture, path), left_out(picture, path)
-        pictures = open_bands(path, bands)
+        shown = visible(read_image(path, bands))                  # (3, H, W)
     except FileError as e: raise _naming_options(e, path, bands) from None
-    shown = pictures[:3] if len(pictures) >= 3 else pictures[:1] * 3
-    return Image.merge("RGB", shown), ""
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy()), ""
 
 def _naming_options(e: FileError, path: Path, bands: Bands) -> FileError:
     "The error, with the options that state bands and values where these may be the cause."

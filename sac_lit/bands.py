@@ -120,6 +120,7 @@ def _picture_values(path: Path, most: int, count: int) -> np.ndarray:
     return np.asarray(picture).astype(np.uint16) << 8 | low
 
 def _upright(picture: Image.Image) -> Image.Image:
+    "An image as its camera noted that it should be seen."
     try: return ImageOps.exif_transpose(picture)
     except Exception: return picture  # a damaged note; Pillow raises nearly anything here
 

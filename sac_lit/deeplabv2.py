@@ -377,9 +377,10 @@ def _take_bands(net: nn.Module, arch: str, num_classes: int, bands: int) -> str:
 
 def _note_bands(model: SegmentationModel) -> None:
     "Check what a model says of bands, and save it; the usual is left out, as in old folders."
-    model.band_range, config = bands_of(model).range, model._hub_mixin_config
+    bands, config = bands_of(model), model._hub_mixin_config
+    model.band_range = bands.range
     for name in ("bands", "band_range"): config.pop(name, None)
-    if bands_of(model) != USUAL: config |= {"bands": model.bands, "band_range": model.band_range}
+    if bands != USUAL: config |= {"bands": bands.count, "band_range": bands.range}
 
 def _new_layers(backbone: nn.Module, arch: str) -> tuple[str, ...]:
     "How the names of new layers begin, if a network says so. `UserError` for what is no name."

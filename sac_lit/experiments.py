@@ -61,23 +61,6 @@ def _around(option: str, usual: str, values) -> dict[str, str]:
     "Settings that differ in one number; the usual one is SAC itself."
     return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
-_USUAL = {"SAC": ""}
-_PARTS = {  # knob of the city: what one would do without the part that it is meant for
-    "gap": {"no photometric noise": "--sac.noise"},
-    "lens": {"each view its own teacher": "--sac.loss.pool none",
-             "no crops": "--sac.num-crops 0 --sac.groups 8"},
-    "rare": {"no importance sampling": "--sac.uniform 1"},
-    "melt": {"static threshold": "--sac.loss.beta 1e-6"},
-    "alike": {"no focal weight": "--sac.loss.lam 0",
-              "no confidence in the loss": "--sac.loss.confidence none"}}
-
-def _knob(name: str, k: float) -> Study:
-    "SAC with and without a part, in a city with one knob turned."
-    title = f"{name}_{k:g}"
-    data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
-                   target_root=f"{SHORT_TOY.data.target_root}_{title}")
-    return Study(_USUAL | _PARTS[name], replace(SHORT_TOY, name=title, data=data))
-
 STUDIES = {  # by name
     "ablation": Study({
         "SAC": "",
@@ -100,9 +83,26 @@ STUDIES = {  # by name
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
-for name, most in FULL.items():
-    for k in (most / 2, most) if name != "gap" else (0, most):  # half of the gap is the usual
-        STUDIES[f"{name}_{k:g}"] = _knob(name, k)
+
+_WITHOUT = {  # knob of the city: the settings that lack the part which it is meant for
+    "gap": ["no photometric noise"],
+    "lens": ["each view its own teacher", "no crops"],
+    "rare": ["no importance sampling"],
+    "melt": ["static threshold"],
+    "alike": ["no focal weight", "no confidence in the loss"]}
+
+def _knob(name: str, k: float) -> Study:
+    "SAC with and without a part, in a city with one knob turned."
+    known = {**STUDIES["ablation"].settings, "each view its own teacher": "--sac.loss.pool none"}
+    title = f"{name}_{k:g}"
+    data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
+                   target_root=f"{SHORT_TOY.data.target_root}_{title}")
+    settings = {setting: known[setting] for setting in ("SAC", *_WITHOUT[name])}
+    return Study(settings, replace(SHORT_TOY, name=title, data=data))
+
+STUDIES |= {study.base.name: study for study in (
+    _knob(name, k) for name, most in FULL.items()
+    for k in ((0, most) if name == "gap" else (most / 2, most)))}  # half of the gap is the usual
 
 # %% ../nbs/11_experiments.ipynb #4f730e1f
 def variant(first: Config,      # `Study.start`: pretraining, with its name and seed

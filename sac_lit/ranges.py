@@ -19,6 +19,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from operator import attrgetter
 from typing import Callable, Iterable, Literal, NamedTuple
 
+from .bands import MOST_BANDS
 from .core import UserError
 from .toy_city import FULL
 
@@ -101,7 +102,7 @@ _DATA = {
     "source_std": Range(0, 10, above=True, count=3, why="red, green, blue"),
     "target_size": _SIDES,
     "eval_size": _SIDES,
-    "bands": Range(1, 256, whole=True),
+    "bands": Range(1, MOST_BANDS, whole=True),
     "band_range": Range(-1e9, 1e9, count=2, rising=True, none=True, why="black and white"),
     "ignore": Range(0, 65_535, whole=True, count=0, why="values of label maps"),
     "workers": Range(0, 1024, whole=True, why="each is a process"),

@@ -74,10 +74,7 @@ _MAPS, _IMAGES = 50, 3  # that are looked at before a training
 def data_remarks(dataset: SegmentationDataset, most: int = _MAPS) -> list[Remark]:
     "What a sample of a data set suffers from; a defect where none of its pixels has a class."
     places = some_of(dataset, "data check", most).indices
-    usual = [dataset.images[i] for i in places[:_IMAGES]] if dataset.bands == USUAL else []
-    remarks = _unused_bands(usual)
-    if not usual:  # are there as many as stated?
-        for i in places[:_IMAGES]: open_bands(dataset.images[i], dataset.bands)
+    remarks = _remarks_on_bands([dataset.images[i] for i in places[:_IMAGES]], dataset.bands)
     if dataset.labels is None: return remarks
     classes, pixels = dataset.num_classes, np.zeros(1 << 16, np.int64)
     images, blended = np.zeros(classes, np.int64), 0
@@ -99,9 +96,14 @@ def data_remarks(dataset: SegmentationDataset, most: int = _MAPS) -> list[Remark
     mild = [r for r in found if r.defect or complete and dataset.names != NAMES]
     return remarks + [Remark(r.text) for r in mild]
 
-def _unused_bands(paths: list[Path]) -> list[Remark]:
-    "What the networks do not see of some images. One that cannot be read is left to the training."
+def _remarks_on_bands(paths: list[Path], bands: Bands) -> list[Remark]:
+    """What the networks do not see of some images. One that cannot be read is left to the training.
+
+    Raises `FileError` where other bands than three are stated, and not found."""
     found = {}
+    if bands != USUAL:
+        for path in paths: open_bands(path, bands)
+        return []
     for path in paths:
         try: found.setdefault(left_out(open_image(path), path), path)
         except FileError: continue
