@@ -354,7 +354,6 @@ TOY_DATA = DataConfig(  # the toy city, written to disk when it is needed
 
 TOY = Config(  # the preset `toy`
     name="toy", arch="deeplabv2_tiny", weights=None, data=TOY_DATA,
-    mixed_precision="no",             # as in the runs of the tables
     log_every=25, eval_every=250, checkpoint_every=250,
     abn=ABNConfig(
         optimizer="adam", lr=3e-3, schedule="poly", steps=800,

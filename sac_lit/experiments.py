@@ -61,25 +61,38 @@ def _around(option: str, usual: str, values) -> dict[str, str]:
     "Settings that differ in one number; the usual one is SAC itself."
     return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
+_OTHER_CITY = {100: 1, 101: 1}
+_FLOAT32 = replace(SHORT_TOY, name="float32", mixed_precision="no")
+
 STUDIES = {  # by name
     "ablation": Study({
         "SAC": "",
-        "fusion by least entropy": "--sac.loss.pool min_entropy",
+        "each view its own teacher": "--sac.loss.pool none",
         "no crops": "--sac.num-crops 0 --sac.groups 8",
-        "no photometric noise": "--sac.noise",
-        "static threshold": "--sac.loss.beta 1e-6",
-        "no focal weight": "--sac.loss.lam 0",
-        "no confidence in the loss": "--sac.loss.confidence none",
-        "confidence of the batch": "--sac.loss.confidence batch",
         "no importance sampling": "--sac.uniform 1",
+        "no confidence in the loss": "--sac.loss.confidence none",
         "teacher is the student": "--sac.gamma-psi 0",
+        "static threshold": "--sac.loss.beta 1e-6",
+        "no focal weight": "--sac.loss.lam 0 --sac.loss.target-weight 1.4",
+        "no photometric noise": "--sac.noise"}, seeds=tuple(range(6))),
+    "preset": Study({
+        "SAC": "",
+        "learning rate 1e-3": "--sac.lr 1e-3",
+        "target weight 5": "--sac.loss.target-weight 5",
+        "beta 3e-3": "--sac.loss.beta 3e-3",
+        "floor .5": "--sac.loss.floor .5"},
+        replace(TOY, name="preset", eval_every=0), (100, 101), _OTHER_CITY),
+    "variants": Study({
+        "SAC": "",
+        "fusion by least entropy": "--sac.loss.pool min_entropy",
+        "confidence of the batch": "--sac.loss.confidence batch",
         "frozen teacher": "--sac.gamma-psi 1",
-        "no target loss": "--sac.loss.target-weight 0"}),
-    "zeta": Study(_around("zeta", ".75", (".5", ".65", ".75", ".85", ".95"))),
-    "beta": Study(_around("beta", "1e-2", ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1"))),
+        "no target loss": "--sac.loss.target-weight 0"}, _FLOAT32),
+    "zeta": Study(_around("zeta", ".75", (".5", ".65", ".75", ".85", ".95")), _FLOAT32),
+    "beta": Study(_around("beta", "1e-2", ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")), _FLOAT32),
     "period": Study({"T = 4": "", "T = 1": "--sac.period 1"},
-                    replace(TOY, name="period", eval_every=0),
-                    seeds=(0, 1, 2, 3, 4, 100, 101), cities={100: 1, 101: 1}),
+                    replace(TOY, name="period", eval_every=0, mixed_precision="no"),
+                    (0, 1, 2, 3, 4, 100, 101), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
@@ -93,7 +106,7 @@ _WITHOUT = {  # knob of the city: the settings that lack the part which it is me
 
 def _knob(name: str, k: float) -> Study:
     "SAC with and without a part, in a city with one knob turned."
-    known = {**STUDIES["ablation"].settings, "each view its own teacher": "--sac.loss.pool none"}
+    known = STUDIES["ablation"].settings
     title = f"{name}_{k:g}"
     data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
                    target_root=f"{SHORT_TOY.data.target_root}_{title}")

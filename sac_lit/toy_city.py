@@ -1062,14 +1062,16 @@ def _check_scene(domain, size, knobs):
             f"size {tuple(size)} is too small; give a height and a width of at least 16"
         )
     for name, most in FULL.items():
-        if not 0 <= (value := getattr(knobs, name)) <= most:
+        value = getattr(knobs, name)
+        if domain == "source" and value != getattr(Knobs, name):
+            raise UserError(f"{name} {value}: the source has no knobs; choose the domain target")
+        if not 0 <= value <= most:
             raise UserError(f"{name} {value} is out of range; give a number from 0 to {most}")
 
 def _render_parts(domain, split, index, size=(128, 256), seed=0, knobs=Knobs()):
     "Arrays: picture uint8 (H, W, 3); label uint8, depth float32 and thing int, (H, W) each."
     key = seed_of(seed, "toy city", domain, split, index)
     dice, rng, spec = random.Random(key), np.random.default_rng(key), DOMAINS[domain]
-    if domain == "source": knobs = Knobs()  # they are the target's
     town = turned(spec.town, split, knobs, random.Random(seed_of(key, "knobs")))
     degree = dice.uniform(*spec.foreign)
     amounts = _camera_amounts(domain, degree, knobs.gap, dice)
@@ -1084,7 +1086,7 @@ def render(domain: str,        # "source" or "target"
            index: int,         # number of the street
            size=(128, 256),    # height and width in pixels
            seed: int = 0,
-           knobs=Knobs(),      # difficulties of the target
+           knobs=Knobs(),      # difficulties, of the target alone
           ) -> tuple[torch.Tensor, torch.Tensor]:  # image uint8 (3, H, W), train ids uint8 (H, W)
     "One street scene with its label map, a pure function of the arguments."
     _check_scene(domain, size, knobs)

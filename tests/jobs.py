@@ -33,7 +33,7 @@ FORKS.set_forkserver_preload(["sac_lit.train", "sac_lit.experiments", "nbdev.tes
 def tiny(base):
     "The same configuration at postage-stamp size."
     few = dict(steps=4, source_batch=2, crop=(32, 64))
-    return replace(base, log_every=2, checkpoint_every=6, eval_every=0,
+    return replace(base, log_every=2, checkpoint_every=6, eval_every=0, mixed_precision="no",
                    data=replace(base.data, toy_train=6, toy_val=4, toy_size=(32, 64)),
                    abn=replace(base.abn, target_batch=2, **few), sac=replace(base.sac, **few))
 

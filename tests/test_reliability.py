@@ -17,7 +17,7 @@ from sac_lit.verdict import score, verdict
 @pytest.mark.slow
 def test_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = tiny(replace(module.BASE, mixed_precision="no"))
+    base = tiny(module.BASE)
     monkeypatch.setattr(module, "BASE", base)
     monkeypatch.setattr(module, "SETTINGS", {"SAC": "", "no noise": "--sac.noise"})
     monkeypatch.setattr(module, "DAMAGE", dict([*module.DAMAGE.items()][2:4]))
