@@ -340,7 +340,40 @@ def _is_whole(row: dict, classes: int) -> bool:
     accepted = row.get("accepted", ())
     return len(accepted) == classes and None not in accepted and "loss_source" in row
 
+# %% ../nbs/09_train.ipynb #1c1bb4cc
+def _starting_network(run: Run, names) -> nn.Module:
+    "The network to start from. Raises `UserError` where architecture or classes are others."
+    network, start = starting_network(run), run.cfg.sac.start
+    if start is None: return network
+    if not network.inference_size: network.set_inference_size(run.cfg.data.eval_size)
+    _check_equal(start, "architecture", network.arch, run.cfg.arch)
+    _check_equal(start, "encoder", network.encoder, run.cfg.encoder or network.encoder)
+    _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
+    return network
+
+def _check_equal(start: str, what: str, there: str, here: str) -> None:
+    "Raises `UserError` where a network to start from is not one of this run."
+    if there != here:
+        raise UserError(f"--sac.start {start}: not the {what} of this run: "
+                        f"{there} there, {here} here")
+
+def _score_start(run: Run, network: nn.Module, val: SegmentationDataset | None) -> None:
+    "Log what the network of `--sac.start` scores, once: the gain is counted from there."
+    if val is None or not run.cfg.sac.start or run.agreed(bool(scores_before(run))): return
+    cm = evaluate_shared(run, network, val)
+    classes, *_ = means_of(run.cfg).values()
+    iou = [None if x != x else round(100 * x, 2) for x in cm.iou().tolist()]
+    run.log(dict(event="evaluation", stage="sac", network="start", step=0,
+                 miou=round(100 * cm.miou(classes), 2), iou=iou))
+
 # %% ../nbs/09_train.ipynb #a7c83a66
+def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
+    "The momentum network, and what is called in its place: the same in the run's precision."
+    layout = torch.channels_last if run.cfg.channels_last else torch.preserve_format
+    momentum = MomentumNetwork(network, run.cfg.sac.gamma_psi)
+    momentum = momentum.to(run.device, memory_format=layout)
+    return momentum, run.accelerator.prepare_model(momentum, evaluation_mode=True)
+
 def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
     "The joint stage: the student, and the seconds that its training took."
     c, acc = run.cfg.sac, run.accelerator
@@ -374,38 +407,6 @@ def train_sac(run: Run, stage: str, data: dict) -> tuple[nn.Module, float]:
         with written_aside(run.folder / "momentum") as tmp:
             momentum.model.save_pretrained(tmp)
     return kept_by_score(run) if judge else network, seconds
-
-def _score_start(run: Run, network: nn.Module, val: SegmentationDataset | None) -> None:
-    "Log what the network of `--sac.start` scores, once: the gain is counted from there."
-    if val is None or not run.cfg.sac.start or run.agreed(bool(scores_before(run))): return
-    cm = evaluate_shared(run, network, val)
-    classes, *_ = means_of(run.cfg).values()
-    iou = [None if x != x else round(100 * x, 2) for x in cm.iou().tolist()]
-    run.log(dict(event="evaluation", stage="sac", network="start", step=0,
-                 miou=round(100 * cm.miou(classes), 2), iou=iou))
-
-def _teacher(run: Run, network: nn.Module) -> tuple[MomentumNetwork, nn.Module]:
-    "The momentum network, and what is called in its place: the same in the run's precision."
-    layout = torch.channels_last if run.cfg.channels_last else torch.preserve_format
-    momentum = MomentumNetwork(network, run.cfg.sac.gamma_psi)
-    momentum = momentum.to(run.device, memory_format=layout)
-    return momentum, run.accelerator.prepare_model(momentum, evaluation_mode=True)
-
-def _starting_network(run: Run, names) -> nn.Module:
-    "The network to start from. Raises `UserError` where architecture or classes are others."
-    network, start = starting_network(run), run.cfg.sac.start
-    if start is None: return network
-    if not network.inference_size: network.set_inference_size(run.cfg.data.eval_size)
-    _check_equal(start, "architecture", network.arch, run.cfg.arch)
-    _check_equal(start, "encoder", network.encoder, run.cfg.encoder or network.encoder)
-    _check_equal(start, "classes", ", ".join(network.names), ", ".join(names))
-    return network
-
-def _check_equal(start: str, what: str, there: str, here: str) -> None:
-    "Raises `UserError` where a network to start from is not one of this run."
-    if there != here:
-        raise UserError(f"--sac.start {start}: not the {what} of this run: "
-                        f"{there} there, {here} here")
 
 # %% ../nbs/09_train.ipynb #08541f94
 def check_shares(run: Run) -> None:
