@@ -1,7 +1,6 @@
 """What the verdict without labels is worth: the study in small, and the results of the whole."""
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
