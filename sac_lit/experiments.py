@@ -135,9 +135,10 @@ def trained(cfg: Config) -> Run:
     done = all((folder / STAGES[stage].folder).exists() for stage in cfg.stages)
     if not done: return train(cfg)
     there = load_config(folder)
-    load_stages(there.stages)                                  # its report has a column for each
-    precision = there.mixed_precision                          # None has become what it stood for
-    check_same(folder, replace(cfg, mixed_precision=precision))
+    load_stages(there.stages)                    # its report has a column for each
+    if cfg.mixed_precision is None:              # it has become what it stood for
+        cfg = replace(cfg, mixed_precision=there.mixed_precision)
+    check_same(folder, cfg)
     return Run(cfg=there, accelerator=None, folder=folder)
 
 def scores(folder: str | Path) -> dict:
@@ -160,7 +161,9 @@ def run_study(study: Study,
     rows = []
     for seed in study.seeds if seeds is None else seeds:
         first = replace(study.start(seed), stages=("abn",))
-        before = scores(trained(first).folder)["abn"]["student"]["miou"]
+        pretrained = trained(first)
+        before = scores(pretrained.folder)["abn"]["student"]["miou"]
+        first = replace(first, mixed_precision=pretrained.cfg.mixed_precision)  # of all settings
         for title, options in study.settings.items():
             after = scores(trained(variant(first, options)).folder)["sac"]["student"]
             rows.append({"title": title, "options": options, "city": first.data.toy_seed,

@@ -17,6 +17,7 @@ import sac_lit.experiments as experiments
 from sac_lit.config import PRESETS, STAGES, TOY
 from sac_lit.core import NAMES, remove, UserError
 from sac_lit.experiments import scores, STUDIES, Study, summary, variant
+from sac_lit.runs import Run
 from sac_lit.train import train
 
 PAIR = {"SAC": "", "no target loss": "--sac.loss.target-weight 0"}
@@ -137,6 +138,20 @@ def test_a_study_gives_what_a_run_of_its_own_gives(small):
     found = scores(train(whole).folder)
     assert found["abn"]["student"]["miou"] == row["abn"]
     assert found["sac"]["student"] == {"miou": row["sac"], "iou": row["iou"]}
+
+
+@pytest.mark.parametrize("chosen", ["no", "bf16"])
+def test_settings_take_the_precision_of_their_pretraining(small, monkeypatch, chosen):
+    "What a processor chose for one command holds when another goes on with the same seed."
+    asked = []
+    def trained(cfg):
+        asked.append((cfg.stages, cfg.mixed_precision))
+        return Run(replace(cfg, mixed_precision=chosen), None, Path(cfg.name))
+    found = {"student": {"miou": 40., "iou": [40.] * 19}}
+    monkeypatch.setattr(experiments, "trained", trained)
+    monkeypatch.setattr(experiments, "scores", lambda folder: {"abn": found, "sac": found})
+    experiments.run_study(Study(PAIR), seeds=[0])
+    assert asked == [(("abn",), None), (("sac",), chosen), (("sac",), chosen)]
 
 
 def test_a_setting_takes_the_short_form_of_an_option():
