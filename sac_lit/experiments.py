@@ -25,6 +25,7 @@ from sac_lit.config import (
     load_config,
     load_stages,
     long_options,
+    PRESETS,
     STAGES,
     TOY,
 )
@@ -61,20 +62,33 @@ def _around(option: str, usual: str, values) -> dict[str, str]:
     "Settings that differ in one number; the usual one is SAC itself."
     return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
+_PARTS = {  # what stands in the place of each part
+    "each view its own teacher": "--sac.loss.pool none",
+    "no crops": "--sac.num-crops 0 --sac.groups 8",
+    "no importance sampling": "--sac.uniform 1",
+    "no confidence in the loss": "--sac.loss.confidence none",
+    "teacher is the student": "--sac.gamma-psi 0",
+    "static threshold": "--sac.loss.beta 1e-6",
+    "no focal weight": "--sac.loss.lam 0 --sac.loss.target-weight 1.4",
+    "no photometric noise": "--sac.noise"}
+
+def _without(*parts: str) -> dict[str, str]:
+    "SAC, and SAC without each of these parts."
+    return {"SAC": "", **{part: _PARTS[part] for part in parts}}
+
 _OTHER_CITY = {100: 1, 101: 1}
 _FLOAT32 = replace(SHORT_TOY, name="float32", mixed_precision="no")
+_FOLDER_CPU = PRESETS["folder_cpu"][1]
+_CAMVID = replace(_FOLDER_CPU, name="camvid", eval_every=0, data=replace(
+    _FOLDER_CPU.data, classes="classes.txt", ignore=(255, 11),
+    source_root="day/images", source_labels="day/labels", target_root="dusk/images",
+    val_root="dusk/images", val_labels="dusk/labels_for_evaluation"))
 
 STUDIES = {  # by name
-    "ablation": Study({
-        "SAC": "",
-        "each view its own teacher": "--sac.loss.pool none",
-        "no crops": "--sac.num-crops 0 --sac.groups 8",
-        "no importance sampling": "--sac.uniform 1",
-        "no confidence in the loss": "--sac.loss.confidence none",
-        "teacher is the student": "--sac.gamma-psi 0",
-        "static threshold": "--sac.loss.beta 1e-6",
-        "no focal weight": "--sac.loss.lam 0 --sac.loss.target-weight 1.4",
-        "no photometric noise": "--sac.noise"}, seeds=tuple(range(6))),
+    "ablation": Study(_without(*_PARTS), seeds=tuple(range(6))),
+    "camvid": Study(_without(
+        "each view its own teacher", "no crops", "no importance sampling",
+        "no confidence in the loss"), _CAMVID, (3, 4, 5)),
     "preset": Study({
         "SAC": "",
         "learning rate 1e-3": "--sac.lr 1e-3",
@@ -106,12 +120,10 @@ _WITHOUT = {  # knob of the city: the settings that lack the part which it is me
 
 def _knob(name: str, k: float) -> Study:
     "SAC with and without a part, in a city with one knob turned."
-    known = STUDIES["ablation"].settings
     title = f"{name}_{k:g}"
     data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
                    target_root=f"{SHORT_TOY.data.target_root}_{title}")
-    settings = {setting: known[setting] for setting in ("SAC", *_WITHOUT[name])}
-    return Study(settings, replace(SHORT_TOY, name=title, data=data))
+    return Study(_without(*_WITHOUT[name]), replace(SHORT_TOY, name=title, data=data))
 
 STUDIES |= {study.base.name: study for study in (
     _knob(name, k) for name, most in FULL.items()
