@@ -112,7 +112,7 @@ STUDIES = {  # by name
         sac=replace(SHORT_TOY.sac, steps=300)))}
 
 _WITHOUT = {  # knob of the city: the settings that lack the part which it is meant for
-    "gap": ["no photometric noise"],
+    "gap": ["no photometric noise", "teacher is the student"],
     "lens": ["each view its own teacher", "no crops"],
     "rare": ["no importance sampling"],
     "melt": ["static threshold"],
