@@ -36,8 +36,10 @@ from .toy_city import FULL, Knobs
 from .train import train
 
 # %% ../nbs/11_experiments.ipynb #887eb263
-SHORT_TOY = replace(  # the preset toy with fewer joint steps and a teacher that moves at each
-    TOY, name="study", eval_every=0, sac=replace(TOY.sac, steps=500, period=1))
+_BEFORE = replace(  # the preset toy before the last two of its settings were changed
+    TOY, eval_every=0, sac=replace(TOY.sac, lr=5e-4, source_scale=(1., 2.)))
+SHORT_TOY = replace(  # that with fewer joint steps and a teacher that moves at each
+    _BEFORE, name="study", sac=replace(_BEFORE.sac, steps=500, period=1))
 
 class Study(NamedTuple):
     "Settings to compare, what they start from, and the seeds with which they are run."
@@ -95,7 +97,18 @@ STUDIES = {  # by name
         "target weight 5": "--sac.loss.target-weight 5",
         "beta 3e-3": "--sac.loss.beta 3e-3",
         "floor .5": "--sac.loss.floor .5"},
-        replace(TOY, name="preset", eval_every=0), (100, 101), _OTHER_CITY),
+        replace(_BEFORE, name="preset"), (100, 101), _OTHER_CITY),
+    "preset_again": Study({
+        "SAC": "",
+        "source scales .7 to 1.7": "--sac.source-scale .7 1.7",
+        "the same, rate 1e-3": "--sac.source-scale .7 1.7 --sac.lr 1e-3",
+        "the same, rate 2e-3": "--sac.source-scale .7 1.7 --sac.lr 2e-3",
+        "source scales .5 to 1.5": "--sac.source-scale .5 1.5",
+        "views from .7": "--sac.view-scale .7 1",
+        "one crop": "--sac.num-crops 1 --sac.groups 4",
+        "no crops": "--sac.num-crops 0 --sac.groups 8",
+        "blur 1": "--sac.blur 1"},
+        replace(_BEFORE, name="preset_again"), (100, 101), _OTHER_CITY),
     "variants": Study({
         "SAC": "",
         "fusion by least entropy": "--sac.loss.pool min_entropy",
@@ -105,7 +118,7 @@ STUDIES = {  # by name
     "zeta": Study(_around("zeta", ".75", (".5", ".65", ".75", ".85", ".95")), _FLOAT32),
     "beta": Study(_around("beta", "1e-2", ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")), _FLOAT32),
     "period": Study({"T = 4": "", "T = 1": "--sac.period 1"},
-                    replace(TOY, name="period", eval_every=0, mixed_precision="no"),
+                    replace(_BEFORE, name="period", mixed_precision="no"),
                     (0, 1, 2, 3, 4, 100, 101), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,

@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 import tyro
 
-from .config import TOY
 from .core import clean_exit, generator, UserError
-from .experiments import Study, trained, variant, write_results
+from .experiments import SHORT_TOY, Study, trained, variant, write_results
 from .predict import evaluate_network
 from .report import results
 from .run_data import open_data
@@ -38,8 +37,8 @@ SETTINGS = {  # options of the joint stage, by title
     "no noise": "--sac.noise"}
 
 BASE = replace(  # the preset toy, shorter
-    TOY, name="verdict", eval_every=0, mixed_precision="bf16", threads=1,
-    abn=replace(TOY.abn, steps=400), sac=replace(TOY.sac, steps=150, period=1))
+    SHORT_TOY, name="verdict", mixed_precision="bf16", threads=1,
+    abn=replace(SHORT_TOY.abn, steps=400), sac=replace(SHORT_TOY.sac, steps=150))
 
 CITIES = {0: 0, 1: 0, 100: 1, 101: 1}  # seed of a run -> seed of the city it is in
 CHOSEN_ON = 0, 1                       # the seeds on whose runs the score was chosen
