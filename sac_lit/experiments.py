@@ -81,14 +81,14 @@ def _without(*parts: str) -> dict[str, str]:
 _OTHER_CITY = {100: 1, 101: 1}
 _FLOAT32 = replace(SHORT_TOY, name="float32", mixed_precision="no")
 _FOLDER_CPU = PRESETS["folder_cpu"][1]
-_CAMVID = replace(_FOLDER_CPU, name="camvid", eval_every=0, data=replace(
+_CAMVID = replace(_FOLDER_CPU, name="camvid_parts", eval_every=0, data=replace(
     _FOLDER_CPU.data, classes="classes.txt", ignore=(255, 11),
     source_root="day/images", source_labels="day/labels", target_root="dusk/images",
     val_root="dusk/images", val_labels="dusk/labels_for_evaluation"))
 
 STUDIES = {  # by name
     "ablation": Study(_without(*_PARTS), seeds=tuple(range(6))),
-    "camvid": Study(_without(
+    "camvid_parts": Study(_without(
         "each view its own teacher", "no crops", "no importance sampling",
         "no confidence in the loss"), _CAMVID, (3, 4, 5)),
     "preset": Study({
