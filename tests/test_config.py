@@ -603,7 +603,7 @@ def test_what_may_change_and_what_not(tmp_path):
     folder = written(tmp_path, TOY)
     check_same(folder, replace(TOY, checkpoints=9, stages=("sac",)))
     check_same(folder, replace(TOY, data=replace(TOY.data, workers=3)))
-    with pytest.raises(UserError, match=r"sac.lr 0.0005 there, 0.1 here\); give another"):
+    with pytest.raises(UserError, match=r"sac.lr 0.001 there, 0.1 here\); give another"):
         check_same(folder, replace(TOY, sac=replace(TOY.sac, lr=.1)))
 
 
