@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .bands import band_pixels, Bands, range_error, split_bands, upright, USUAL
+from .bands import _upright, band_pixels, Bands, range_error, split_bands, USUAL
 from .core import CLASSES, IGNORE_INDEX, lookup, NAMES, UserError
 from sac_lit.image_files import (
     ClassTable,
@@ -145,7 +145,7 @@ def open_rgb(path: Path, most: int = MOST_PIXELS) -> Image.Image:
 def to_rgb(picture: Image.Image, path: Path) -> Image.Image:
     "A decoded image in 8-bit colours, upright. A fourth band is left out. Raises `FileError`."
     if picture.mode[0] in "IF": raise range_error(path)
-    return upright(picture).convert("RGB")
+    return _upright(picture).convert("RGB")
 
 def open_bands(path: Path, bands: Bands = USUAL, most: int = MOST_PIXELS) -> list[Image.Image]:
     "An image as one picture in colours or, where others are stated, one for each band."

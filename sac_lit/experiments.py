@@ -60,10 +60,6 @@ def _in_city(data: DataConfig, city: int) -> DataConfig:
     return replace(data, toy_seed=city, source_root=source, target_root=target)
 
 # %% ../nbs/11_experiments.ipynb #d6a1f95b
-def _around(option: str, usual: str, values) -> dict[str, str]:
-    "Settings that differ in one number; the usual one is SAC itself."
-    return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
-
 _PARTS = {  # what stands in the place of each part
     "each view its own teacher": "--sac.loss.pool none",
     "no crops": "--sac.num-crops 0 --sac.groups 8",
@@ -77,6 +73,11 @@ _PARTS = {  # what stands in the place of each part
 def _without(*parts: str) -> dict[str, str]:
     "SAC, and SAC without each of these parts."
     return {"SAC": "", **{part: _PARTS[part] for part in parts}}
+
+# %% ../nbs/11_experiments.ipynb #c0de0a03
+def _around(option: str, usual: str, values) -> dict[str, str]:
+    "Settings that differ in one number; the usual one is SAC itself."
+    return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
 _OTHER_CITY = {100: 1, 101: 1}
 _FLOAT32 = replace(SHORT_TOY, name="float32", mixed_precision="no")
@@ -124,6 +125,7 @@ STUDIES = {  # by name
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
 
+# %% ../nbs/11_experiments.ipynb #c0de0a02
 _WITHOUT = {  # knob of the city: the settings that lack the part which it is meant for
     "gap": ["no photometric noise", "teacher is the student"],
     "lens": ["each view its own teacher", "no crops"],

@@ -33,7 +33,7 @@ from sac_lit.ema_training import (
     Views,
 )
 from .moving_threshold import ClassPrior, pseudo_labels
-from .views import check_boxes
+from .views import _check_boxes
 
 # %% ../nbs/08a_fast.ipynb #f200abdd
 def _taps(start, length, size: int, pixels: int, frame) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def fast_crop_and_resize(images: torch.Tensor,  # float (..., C, H, W)
     h, w = size
     images, boxes = images.reshape(-1, C, H, W), boxes.reshape(-1, 4)
     frames = torch.tensor([[H, W]]) if frames is None else frames.reshape(-1, 2)
-    check_boxes(boxes, frames)
+    _check_boxes(boxes, frames)
     top, left, height, width = boxes.unbind(-1)
     rows, row_weights = _taps(top, height, h, H, frames[:, 0])  # (N, h, K) each
     cols, col_weights = _taps(left, width, w, W, frames[:, 1])  # (N, w, K') each

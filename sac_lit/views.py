@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'COLOR_STATISTICS', 'NOISE', 'normalize', 'matching_statistics', 'resampling_matrix',
-           'check_boxes', 'crop_and_resize', 'crop_labels', 'collate', 'random_box', 'draw_jitter', 'color_jitter',
-           'source_views', 'target_views', 'draw_sigma', 'gaussian_blur', 'to_grey', 'Augmentation',
-           'photometric_noise']
+           'crop_and_resize', 'crop_labels', 'collate', 'random_box', 'draw_jitter', 'color_jitter', 'source_views',
+           'target_views', 'draw_sigma', 'gaussian_blur', 'to_grey', 'Augmentation', 'photometric_noise']
 
 # %% ../nbs/01b_views.ipynb #63d7c9db
 import math
@@ -82,7 +81,7 @@ def _tents(length: torch.Tensor, size: int) -> torch.Tensor:  # (..., 1, 1)
     return weight / weight.sum(-1, keepdim=True)
 
 # %% ../nbs/01b_views.ipynb #87cb4925
-def check_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> None:
+def _check_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> None:
     "Raise `ValueError` for a box without a pixel of its image: (..., 4), (..., 2)."
     start, length = boxes[..., :2], boxes[..., 2:]
     end = start + length
@@ -103,7 +102,7 @@ def crop_and_resize(images: torch.Tensor,  # float (..., C, H, W)
     "Cut a box out of every image and bring it to `size`. Raises `ValueError` for a box outside."
     (H, W), (h, w) = images.shape[-2:], size
     if frames is None: frames = torch.tensor([H, W])
-    check_boxes(boxes, frames)
+    _check_boxes(boxes, frames)
     top, left, height, width = boxes.unbind(-1)
     rows = resampling_matrix(top, height, h, H, frames[..., 0])  # A, (..., h, H)
     cols = resampling_matrix(left, width, w, W, frames[..., 1])  # B, (..., w, W)
