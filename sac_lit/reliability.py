@@ -36,7 +36,7 @@ SETTINGS = {  # options of the joint stage, by title
     "other colours of the source": "--data.source-mean .9 .2 .4",
     "no noise": "--sac.noise"}
 
-BASE = replace(  # the preset toy, shorter
+BASE = replace(  # with fewer steps
     SHORT_TOY, name="verdict", mixed_precision="bf16", threads=1,
     abn=replace(SHORT_TOY.abn, steps=400), sac=replace(SHORT_TOY.sac, steps=150))
 
