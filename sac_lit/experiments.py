@@ -60,7 +60,7 @@ def _in_city(data: DataConfig, city: int) -> DataConfig:
     return replace(data, toy_seed=city, source_root=source, target_root=target)
 
 # %% ../nbs/11_experiments.ipynb #d6a1f95b
-_PARTS = {  # what stands in the place of each part
+_INSTEAD = {  # setting that lacks a part: what stands in its place
     "each view its own teacher": "--sac.loss.pool none",
     "no crops": "--sac.num-crops 0 --sac.groups 8",
     "no importance sampling": "--sac.uniform 1",
@@ -70,28 +70,28 @@ _PARTS = {  # what stands in the place of each part
     "no focal weight": "--sac.loss.lam 0 --sac.loss.target-weight 1.4",
     "no photometric noise": "--sac.noise"}
 
-def _without(*parts: str) -> dict[str, str]:
-    "SAC, and SAC without each of these parts."
-    return {"SAC": "", **{part: _PARTS[part] for part in parts}}
+def _sac_and(*settings: str) -> dict[str, str]:
+    "SAC, and these settings, each of which lacks a part."
+    return {"SAC": "", **{setting: _INSTEAD[setting] for setting in settings}}
 
-# %% ../nbs/11_experiments.ipynb #c0de0a03
+# %% ../nbs/11_experiments.ipynb #db1a56da
 def _around(option: str, usual: str, values) -> dict[str, str]:
     "Settings that differ in one number; the usual one is SAC itself."
     return {value: "" if value == usual else f"--sac.loss.{option} {value}" for value in values}
 
 _OTHER_CITY = {100: 1, 101: 1}
 _FLOAT32 = replace(SHORT_TOY, name="float32", mixed_precision="no")
-_FOLDER_CPU = PRESETS["folder_cpu"][1]
-_CAMVID = replace(_FOLDER_CPU, name="camvid_parts", eval_every=0, data=replace(
-    _FOLDER_CPU.data, classes="classes.txt", ignore=(255, 11),
+_PHOTOGRAPHS = PRESETS["folder_cpu"][1]
+_STREETS = replace(_PHOTOGRAPHS, name="camvid_parts", eval_every=0, data=replace(
+    _PHOTOGRAPHS.data, classes="classes.txt", ignore=(255, 11),
     source_root="day/images", source_labels="day/labels", target_root="dusk/images",
     val_root="dusk/images", val_labels="dusk/labels_for_evaluation"))
 
 STUDIES = {  # by name
-    "ablation": Study(_without(*_PARTS), seeds=tuple(range(6))),
-    "camvid_parts": Study(_without(
+    "ablation": Study(_sac_and(*_INSTEAD), seeds=tuple(range(6))),
+    "camvid_parts": Study(_sac_and(
         "each view its own teacher", "no crops", "no importance sampling",
-        "no confidence in the loss"), _CAMVID, (3, 4, 5)),
+        "no confidence in the loss"), _STREETS, (3, 4, 5)),
     "preset": Study({
         "SAC": "",
         "learning rate 1e-3": "--sac.lr 1e-3",
@@ -100,14 +100,13 @@ STUDIES = {  # by name
         "floor .5": "--sac.loss.floor .5"},
         replace(_BEFORE, name="preset"), (100, 101), _OTHER_CITY),
     "preset_again": Study({
-        "SAC": "",
+        **_sac_and("no crops"),
         "source scales .7 to 1.7": "--sac.source-scale .7 1.7",
-        "the same, rate 1e-3": "--sac.source-scale .7 1.7 --sac.lr 1e-3",
-        "the same, rate 2e-3": "--sac.source-scale .7 1.7 --sac.lr 2e-3",
+        "scales .7 to 1.7, rate 1e-3": "--sac.source-scale .7 1.7 --sac.lr 1e-3",
+        "scales .7 to 1.7, rate 2e-3": "--sac.source-scale .7 1.7 --sac.lr 2e-3",
         "source scales .5 to 1.5": "--sac.source-scale .5 1.5",
         "views from .7": "--sac.view-scale .7 1",
         "one crop": "--sac.num-crops 1 --sac.groups 4",
-        "no crops": "--sac.num-crops 0 --sac.groups 8",
         "blur 1": "--sac.blur 1"},
         replace(_BEFORE, name="preset_again"), (100, 101), _OTHER_CITY),
     "variants": Study({
@@ -125,8 +124,8 @@ STUDIES = {  # by name
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
 
-# %% ../nbs/11_experiments.ipynb #c0de0a02
-_WITHOUT = {  # knob of the city: the settings that lack the part which it is meant for
+# %% ../nbs/11_experiments.ipynb #39e034f3
+_BY_KNOB = {  # knob of the city: the settings that lack the parts which it is meant for
     "gap": ["no photometric noise", "teacher is the student"],
     "lens": ["each view its own teacher", "no crops"],
     "rare": ["no importance sampling"],
@@ -134,11 +133,11 @@ _WITHOUT = {  # knob of the city: the settings that lack the part which it is me
     "alike": ["no focal weight", "no confidence in the loss"]}
 
 def _knob(name: str, k: float) -> Study:
-    "SAC with and without a part, in a city with one knob turned."
+    "SAC with and without the parts, in a city with one knob turned."
     title = f"{name}_{k:g}"
     data = replace(SHORT_TOY.data, knobs=Knobs(**{name: k}),
                    target_root=f"{SHORT_TOY.data.target_root}_{title}")
-    return Study(_without(*_WITHOUT[name]), replace(SHORT_TOY, name=title, data=data))
+    return Study(_sac_and(*_BY_KNOB[name]), replace(SHORT_TOY, name=title, data=data))
 
 STUDIES |= {study.base.name: study for study in (
     _knob(name, k) for name, most in FULL.items()
