@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -26,6 +25,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import tyro
+from backports import tarfile  # its filter for unsafe archives came with Python 3.11.4
 from filelock import FileLock
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF

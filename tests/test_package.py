@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 
 import pytest
 from house import imported, LIB, MACHINE_PATH, MODULES, ROOT
+
+from sac_lit.camvid import unpack
 
 TOP = {"nbs", "sac_lit", "settings.ini", "setup.py", "tests", "docs", "README.md", "LICENSE",
        "MANIFEST.in"}
@@ -80,8 +81,7 @@ def test_wheel_and_sdist_hold_the_library(built):
 
 
 def test_sdist_holds_what_its_tests_need(built, tmp_path):
-    tarfile.open(next(built.glob("*.tar.gz"))).extractall(tmp_path, filter="data")
-    root, = tmp_path.iterdir()
+    root, = unpack(next(built.glob("*.tar.gz")), tmp_path / "unpacked").iterdir()
     assert {t for t in TOP if t != "README.md"} <= {p.name for p in root.iterdir()}
     command = "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/test_thresholds.py"
     done = python(*command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
