@@ -365,7 +365,7 @@ TOY = Config(  # the preset `toy`
 
 TOY_LONG = replace(  # the preset `toy_long`
     TOY, name="toy_long", eval_every=500, checkpoint_every=500,
-    sac=replace(TOY.sac, steps=5000, lr=5e-4))
+    sac=replace(TOY.sac, steps=5000, period=20))
 
 # %% ../nbs/08b_config.ipynb #bb72d7a1
 def released_config(source: str,   # "gta5" or "synthia"
@@ -412,7 +412,7 @@ _CAMVID = replace(_FOLDER_CPU, name="camvid", data=replace(_FOLDER_CPU.data, cam
 PRESETS = {  # description and configuration of every preset, by name
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
     "toy_long": (
-        "The toy city with five times the SAC steps, at half the rate.", TOY_LONG),
+        "The toy city with five times the SAC steps, and a slower teacher.", TOY_LONG),
     "gta5_resnet101": (
         "GTA5 to Cityscapes, DeepLabv2 on ResNet-101.", released_config("gta5", "resnet101")),
     "gta5_vgg16": ("GTA5 to Cityscapes, DeepLabv2 on VGG-16.", released_config("gta5", "vgg16")),

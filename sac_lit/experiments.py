@@ -28,6 +28,7 @@ from sac_lit.config import (
     PRESETS,
     STAGES,
     TOY,
+    TOY_LONG,
 )
 from .core import clean_exit, lookup, UserError, written_aside
 from .few_labels import CURVE
@@ -91,7 +92,7 @@ STUDIES = {  # by name
     "ablation": Study(_sac_and(*_INSTEAD), seeds=tuple(range(6))),
     "camvid_parts": Study(_sac_and(
         "each view its own teacher", "no crops", "no importance sampling",
-        "no confidence in the loss"), _STREETS, (3, 4, 5)),
+        "no confidence in the loss"), _STREETS, (3, 4, 5, 6)),
     "preset": Study({
         "SAC": "",
         "learning rate 1e-3": "--sac.lr 1e-3",
@@ -120,6 +121,12 @@ STUDIES = {  # by name
     "period": Study({"T = 4": "", "T = 1": "--sac.period 1"},
                     replace(_BEFORE, name="period", mixed_precision="no"),
                     (0, 1, 2, 3, 4, 100, 101), _OTHER_CITY),
+    "preset_long": Study({
+        "SAC": "",
+        "learning rate 1e-3": "--sac.lr 1e-3",
+        "learning rate 1e-3, T = 20": "--sac.lr 1e-3 --sac.period 20"},
+        replace(TOY_LONG, name="preset_long", eval_every=0,
+                sac=replace(TOY_LONG.sac, lr=5e-4, period=4)), (100,), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
