@@ -39,7 +39,8 @@ from .train import train
 # %% ../nbs/11_experiments.ipynb #887eb263
 _BEFORE = replace(  # the preset toy before the last two of its settings were changed
     TOY, eval_every=0, sac=replace(TOY.sac, lr=5e-4, source_scale=(1., 2.)))
-SHORT_TOY = replace(  # that with fewer joint steps and a teacher that moves at each
+_LONG_BEFORE = replace(TOY_LONG, eval_every=0, sac=replace(TOY_LONG.sac, lr=5e-4, period=4))
+SHORT_TOY = replace(  # `_BEFORE` with fewer joint steps and a teacher that moves at each
     _BEFORE, name="study", sac=replace(_BEFORE.sac, steps=500, period=1))
 
 class Study(NamedTuple):
@@ -122,11 +123,10 @@ STUDIES = {  # by name
                     replace(_BEFORE, name="period", mixed_precision="no"),
                     (0, 1, 2, 3, 4, 100, 101), _OTHER_CITY),
     "preset_long": Study({
-        "SAC": "",
-        "learning rate 1e-3": "--sac.lr 1e-3",
-        "learning rate 1e-3, T = 20": "--sac.lr 1e-3 --sac.period 20"},
-        replace(TOY_LONG, name="preset_long", eval_every=0,
-                sac=replace(TOY_LONG.sac, lr=5e-4, period=4)), (100,), _OTHER_CITY),
+        "rate 5e-4, T = 4": "",
+        "rate 1e-3, T = 4": "--sac.lr 1e-3",
+        "rate 1e-3, T = 20": "--sac.lr 1e-3 --sac.period 20"},
+        replace(_LONG_BEFORE, name="preset_long"), (100,), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
