@@ -91,6 +91,10 @@ _STREETS = replace(_PHOTOGRAPHS, name="camvid_parts", eval_every=0, data=replace
 
 STUDIES = {  # by name
     "ablation": Study(_sac_and(*_INSTEAD), seeds=tuple(range(6))),
+    "static_threshold": Study({"SAC": "", **{
+        f"static, zeta {z}": f"{_INSTEAD['static threshold']} --sac.loss.zeta {z}"
+        for z in (".35", ".5", ".65", ".75", ".85")}},
+        replace(SHORT_TOY, name="static_threshold"), tuple(range(6))),
     "camvid_parts": Study(_sac_and(
         "each view its own teacher", "no crops", "no importance sampling",
         "no confidence in the loss"), _STREETS, (3, 4, 5, 6)),
@@ -125,7 +129,11 @@ STUDIES = {  # by name
     "preset_long": Study({
         "rate 5e-4, T = 4": "",
         "rate 1e-3, T = 4": "--sac.lr 1e-3",
-        "rate 1e-3, T = 20": "--sac.lr 1e-3 --sac.period 20"},
+        "rate 1e-3, T = 10": "--sac.lr 1e-3 --sac.period 10",
+        "rate 1e-3, T = 20": "--sac.lr 1e-3 --sac.period 20",
+        "rate 1e-3, T = 40": "--sac.lr 1e-3 --sac.period 40",
+        "rate 5e-4, T = 20": "--sac.period 20",
+        "rate 1e-3, T = 20, jitter": "--sac.lr 1e-3 --sac.period 20 --sac.source-jitter .4"},
         replace(_LONG_BEFORE, name="preset_long"), (100,), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
