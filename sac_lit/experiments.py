@@ -134,7 +134,7 @@ STUDIES = {  # by name
         "rate 1e-3, T = 40": "--sac.lr 1e-3 --sac.period 40",
         "rate 5e-4, T = 20": "--sac.period 20",
         "rate 1e-3, T = 20, jitter": "--sac.lr 1e-3 --sac.period 20 --sac.source-jitter .4"},
-        replace(_LONG_BEFORE, name="preset_long"), (100,), _OTHER_CITY),
+        replace(_LONG_BEFORE, name="preset_long"), (100, 101), _OTHER_CITY),
     "few_labels": Study(CURVE, replace(
         SHORT_TOY, name="few_labels", mixed_precision="bf16", threads=1,
         sac=replace(SHORT_TOY.sac, steps=300)))}
