@@ -365,7 +365,7 @@ TOY = Config(  # the preset `toy`
 
 TOY_LONG = replace(  # the preset `toy_long`
     TOY, name="toy_long", eval_every=500, checkpoint_every=500,
-    sac=replace(TOY.sac, steps=5000, period=20))
+    sac=replace(TOY.sac, steps=5000, period=20, source_jitter=.4))
 
 # %% ../nbs/08b_config.ipynb #bb72d7a1
 def released_config(source: str,   # "gta5" or "synthia"
@@ -412,7 +412,8 @@ _CAMVID = replace(_FOLDER_CPU, name="camvid", data=replace(_FOLDER_CPU.data, cam
 PRESETS = {  # description and configuration of every preset, by name
     "toy": ("The toy city on a CPU, from nothing to the report in minutes (the default).", TOY),
     "toy_long": (
-        "The toy city with five times the SAC steps, and a slower teacher.", TOY_LONG),
+        "The toy city with five times the SAC steps, a slower teacher and a jittered source.",
+        TOY_LONG),
     "gta5_resnet101": (
         "GTA5 to Cityscapes, DeepLabv2 on ResNet-101.", released_config("gta5", "resnet101")),
     "gta5_vgg16": ("GTA5 to Cityscapes, DeepLabv2 on VGG-16.", released_config("gta5", "vgg16")),
@@ -450,9 +451,10 @@ def settings(cfg: Config) -> dict:
     return {name: value for name, value in _flat(plain) if name not in MAY_CHANGE}
 
 def differences(there: dict, here: dict) -> str:
-    "The first settings that differ, in words; empty where none does."
+    "The first three settings that differ, in words, and how many more; empty where none does."
     names = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
-    return "; ".join(f"{k} {there.get(k)} there, {here.get(k)} here" for k in names[:3])
+    said = [f"{k} {there.get(k)} there, {here.get(k)} here" for k in names[:3]]
+    return "; ".join(said + [f"and {len(names) - 3} more"] * (len(names) > 3))
 
 def only_longer(there: dict, here: dict) -> bool:
     "Whether settings differ in nothing but more steps of the joint stage."

@@ -39,7 +39,8 @@ from .train import train
 # %% ../nbs/11_experiments.ipynb #887eb263
 _BEFORE = replace(  # the preset toy before the last two of its settings were changed
     TOY, eval_every=0, sac=replace(TOY.sac, lr=5e-4, source_scale=(1., 2.)))
-_LONG_BEFORE = replace(TOY_LONG, eval_every=0, sac=replace(TOY_LONG.sac, lr=5e-4, period=4))
+_LONG_BEFORE = replace(
+    TOY_LONG, eval_every=0, sac=replace(TOY_LONG.sac, lr=5e-4, period=4, source_jitter=0.))
 SHORT_TOY = replace(  # `_BEFORE` with fewer joint steps and a teacher that moves at each
     _BEFORE, name="study", sac=replace(_BEFORE.sac, steps=500, period=1))
 

@@ -539,10 +539,13 @@ def test_settings_are_plain_values_that_decide():
     assert flat == json.loads(json.dumps(flat))
 
 
-def test_differences_name_three_at_most():
+def test_differences_name_three_at_most_and_say_how_many_more():
     assert differences(settings(TOY), settings(replace(TOY, checkpoints=7, data=TOY.data))) == ""
-    text = differences(settings(TOY), settings(PRESETS["gta5_vgg16"][1]))
+    there, here = settings(TOY), settings(PRESETS["gta5_vgg16"][1])
+    text = differences(there, here)
     assert text.count(" there, ") == 3
+    assert text.endswith(f"; and {sum(there[k] != here[k] for k in there) - 3} more")
+    assert differences({"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 2, "c": 2}).count(";") == 2
     assert differences({"a": 1}, {"b": 2}) == "a 1 there, None here; b None there, 2 here"
 
 
